@@ -1,0 +1,1 @@
+"""Speed, memory, accuracy and robustness, measured; results/ holds what the README quotes."""

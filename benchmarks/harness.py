@@ -1,0 +1,109 @@
+"""Fair timing and honest records: contenders interleaved in one process, results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def warm_allocator() -> None:
+    """Let glibc keep freed memory (its mmap threshold follows the largest block freed).
+
+    Otherwise every large activation is returned to the system and faulted in again, which costs
+    all contenders up to 40 %. Process-wide, so a benchmark may do it and a library may not.
+    """
+    del_me = torch.empty(7_900_000)
+    del del_me
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each round of each contender; the order is reversed every other round."""
+    names = list(contenders)
+    for _ in range(warmup):
+        for name in names:
+            contenders[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names if i % 2 == 0 else reversed(names):
+            seconds[name].append(_time(contenders[name]))
+    return seconds
+
+
+def _time(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def ratio(a: list[float], b: list[float]) -> dict[str, float]:
+    """Median and quartiles of a / b over paired rounds."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"median": round(middle, 3), "q1": round(low, 3), "q3": round(high, 3)}
+
+
+def median_ms(seconds: list[float]) -> float:
+    """Median in milliseconds."""
+    return round(1e3 * statistics.median(seconds), 2)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on: command, commit, date, hardware and versions."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return {
+        "command": " ".join(["python", script.as_posix(), *sys.argv[1:]]),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": _hardware(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def record(name: str, result: Mapping[str, Any]) -> Path:
+    """Write ``benchmarks/results/<name>.json``."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**environment(), **result}, indent=1) + "\n")
+    return path

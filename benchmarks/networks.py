@@ -1,0 +1,38 @@
+"""The classifiers that benchmarks measure against."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Residual(nn.Module):
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outer)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inner != outer:
+            self.skip = nn.Sequential(
+                nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
+
+
+def cifar_resnet18(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """ResNet-18 for 32-pixel images: 3x3 stem, no pooling; 11.2 M parameters at width 64."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+    ]  # fmt: skip
+    inner = width
+    for stage in range(4):
+        outer = width << stage
+        layers += [_Residual(inner, outer, 2 if stage else 1), _Residual(outer, outer, 1)]
+        inner = outer
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, num_classes)]
+    return nn.Sequential(*layers)

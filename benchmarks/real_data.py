@@ -1,0 +1,48 @@
+"""Real CIFAR-10 from the folder that IJSAT_DATA names: lossless WebP sheets of 100 x 100 tiles.
+
+Run:  IJSAT_DATA=... python benchmarks/real_data.py cifar10-train.npz   (for `train-flow`)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+def data_folder() -> Path | None:
+    """The folder, or None when the variable is not set or names nothing."""
+    value = os.environ.get("IJSAT_DATA")
+    folder = Path(value) if value else None
+    return folder if folder is not None and (folder / "cifar10").is_dir() else None
+
+
+def cifar10(train: bool = True, batches: int = 5) -> tuple[Tensor, Tensor]:
+    """Images ``(N, 3, 32, 32)`` uint8 and labels ``(N,)``, in the official order."""
+    folder = data_folder()
+    if folder is None:
+        raise FileNotFoundError("set IJSAT_DATA to the folder that holds cifar10/.")
+    names = [f"data_batch_{i + 1}" for i in range(batches)] if train else ["test_batch"]
+    sheets = [_sheet(folder / "cifar10" / f"{name}.webp") for name in names]
+    images = torch.from_numpy(np.concatenate(sheets)).permute(0, 3, 1, 2).contiguous()
+    labels = np.load(folder / "cifar10" / "labels.npz")["train" if train else "test"]
+    return images, torch.from_numpy(labels.astype(np.int64))[: len(images)]
+
+
+def _sheet(path: Path) -> NDArray[np.uint8]:
+    sheet = np.asarray(Image.open(path).convert("RGB"), dtype=np.uint8)
+    tiles = sheet.reshape(100, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(tiles.reshape(-1, 32, 32, 3))
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:]:
+        pixels, classes = cifar10(train="test" not in target)
+        np.savez(target, images=pixels.numpy(), labels=classes.numpy())
+        print(target, tuple(pixels.shape))

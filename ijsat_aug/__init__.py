@@ -1,0 +1,51 @@
+"""Adversarial data augmentation on the manifold of a normalizing flow."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import flows
+    from .flows.checkpoint import load_flow, save_flow
+    from .flows.frozen import FrozenGlow
+    from .flows.glow import GlowConfig
+    from .flows.recipe import Recipe
+    from .flows.registry import CheckpointError
+    from .flows.trainer import train_flow
+
+__version__ = "0.1.0.dev0"
+
+# Loaded on first use, so that the import costs no more than torch.
+_HOMES = {
+    "CheckpointError": "flows.registry",
+    "FrozenGlow": "flows.frozen",
+    "GlowConfig": "flows.glow",
+    "Recipe": "flows.recipe",
+    "load_flow": "flows.checkpoint",
+    "save_flow": "flows.checkpoint",
+    "train_flow": "flows.trainer",
+}
+
+__all__ = [
+    "CheckpointError",
+    "FrozenGlow",
+    "GlowConfig",
+    "Recipe",
+    "flows",
+    "load_flow",
+    "save_flow",
+    "train_flow",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "flows":
+        return import_module(".flows", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,194 @@
+"""The command line: demo, inspect, train-flow, convert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ijsat-aug",
+    help="Adversarial data augmentation on the manifold of a normalizing flow.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Optimizer(str, Enum):
+    """Optimizers of ``train-flow``."""
+
+    adamax = "adamax"
+    adamw = "adamw"
+
+
+class Precision(str, Enum):
+    """Precisions of the coupling networks in ``train-flow``."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The user's mistakes are one sentence; ours keep their traceback."""
+    from .flows.registry import CheckpointError
+
+    try:
+        yield
+    except (CheckpointError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Adversarial data augmentation on the manifold of a normalizing flow."""
+    if version:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
+    flow: Annotated[str, typer.Option(help="Flow of 8x8 digits.")] = "digits",
+) -> None:
+    """See the manifold at work on real digits: exact latents, walks, and latent moves."""
+    from .demo import run
+
+    with _plain_errors():
+        run(out, flow)
+
+
+@app.command()
+def inspect(
+    flow: Annotated[str, typer.Argument(help="Name, folder, or 'owner/name' on the hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print config.json.")] = False,
+) -> None:
+    """Verify a flow checkpoint and show what is in it."""
+    from .flows.checkpoint import load_flow
+
+    with _plain_errors():
+        loaded = load_flow(flow)
+        if as_json:
+            typer.echo(json.dumps(dict(loaded.info), indent=1))
+            return
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from .flows.card import render
+
+        Console().print(Markdown(render(loaded.info)))
+
+
+@app.command("train-flow")
+def train_flow(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images, an .npy or .npz file, 'digits', or the name of a "
+            "torchvision dataset such as CIFAR10."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    minutes: Annotated[float | None, typer.Option(help="Time budget.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    test: Annotated[
+        str | None, typer.Option(help="Test images, measured once at the end; like DATA.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Where torchvision data lie.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name for the card.")] = None,
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
+    levels: Annotated[int, typer.Option(help="Scales of the flow.")] = 3,
+    steps: Annotated[int, typer.Option(help="Glow blocks per level.")] = 16,
+    hidden: Annotated[int, typer.Option(help="Width of the coupling networks.")] = 64,
+    logit: Annotated[
+        float | None, typer.Option(help="Logit transform of the pixels, e.g. 0.05.")
+    ] = None,
+    class_conditional: Annotated[
+        bool, typer.Option("--class-conditional", help="One base density per class.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.adamax,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 200,
+    ema: Annotated[float, typer.Option(help="Decay of the weight average.")] = 0.999,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm (bits/dim).")] = 20.0,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the coupling networks.")
+    ] = Precision.fp32,
+    held_out: Annotated[float, typer.Option(help="Share that chooses the weights.")] = 0.02,
+    every: Annotated[int, typer.Option(help="Steps between validations and pictures.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a flow on your images. Runs alone, or under `accelerate launch` and `torchrun`."""
+    from .flows.data import load_images
+    from .flows.glow import GlowConfig
+    from .flows.recipe import Recipe
+    from .flows.trainer import train_flow as train
+
+    with _plain_errors():
+        recipe = Recipe(
+            minutes=minutes, epochs=epochs, batch_size=batch_size, lr=lr,
+            optimizer=optimizer.value, weight_decay=weight_decay, warmup=warmup, ema=ema,
+            clip=clip, flip=flip, precision=precision.value, held_out=held_out, every=every,
+            seed=seed, tensorboard=tensorboard,
+        )  # fmt: skip
+        images = load_images(data, size=size, root=root)
+        test_images = load_images(test, size=size, root=root, train=False) if test else None
+        config = GlowConfig(
+            shape=_shape(images.images), levels=levels, steps=steps, hidden=hidden,
+            bins=images.bins, logit=logit,
+            num_classes=_classes(images.labels) if class_conditional else None,
+        )  # fmt: skip
+        train(
+            images, config, out, recipe, test=test_images, resume=resume, name=name,
+            license=license, quiet=quiet,
+        )  # fmt: skip
+    typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({str(out)!r}).")
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Legacy .pt state dict of a normflows Glow.")],
+    config: Annotated[Path, typer.Argument(help="JSON file with the GlowConfig's fields.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    data: Annotated[str, typer.Option(help="What it was trained on.")] = "unspecified",
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
+) -> None:
+    """Convert a legacy .pt file into a checkpoint folder, without unpickling any object."""
+    from .flows.checkpoint import convert_checkpoint
+    from .flows.glow import GlowConfig
+
+    with _plain_errors():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        convert_checkpoint(file, GlowConfig.from_dict(values), out, data=data, license=license)
+    typer.echo(f"Wrote {out}.")
+
+
+def _shape(images: Any) -> tuple[int, int, int]:
+    _, channels, height, width = images.shape
+    return channels, height, width
+
+
+def _classes(labels: Any) -> int:
+    if labels is None:
+        raise ValueError("--class-conditional needs labels, and these data have none.")
+    return int(labels.max()) + 1

@@ -1,0 +1,34 @@
+"""The manifold: build, train, freeze, save, load and calibrate normalizing flows."""
+
+from .calibration import calibrate, matching_eta, round_trip
+from .checkpoint import convert_checkpoint, load_flow, load_state, save_flow
+from .data import ImageData, load_images
+from .fold import freeze
+from .frozen import FrozenGlow, Tape
+from .glow import GlowConfig, build_glow
+from .manifold import Manifold
+from .recipe import Recipe
+from .registry import CheckpointError, names
+from .trainer import train_flow
+
+__all__ = [
+    "CheckpointError",
+    "FrozenGlow",
+    "GlowConfig",
+    "ImageData",
+    "Manifold",
+    "Recipe",
+    "Tape",
+    "build_glow",
+    "calibrate",
+    "convert_checkpoint",
+    "freeze",
+    "load_flow",
+    "load_images",
+    "load_state",
+    "matching_eta",
+    "names",
+    "round_trip",
+    "save_flow",
+    "train_flow",
+]

@@ -1,0 +1,116 @@
+"""One Glow block, folded: decode, encode, and the vector-Jacobian product of decode.
+
+A block maps a state h = (a, b), split over channels, as
+
+    decode   b <- b * exp(s(a)) + t(a);   h <- W h + c
+    encode   h <- W^-1 (h - c);           b <- (b - t(a)) * exp(-s(a))
+
+where W and c hold both the 1x1 convolution and ActNorm. Seen from the output of the block, the
+gradient g with respect to h needs only two images of half the channels and the two ReLU gates of
+the coupling network, and encode meets the very same values: its record serves the gradient too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Block", "Conv", "Kept", "block_vjp", "decode_block", "encode_block"]
+
+
+class Conv(NamedTuple):
+    """A 'same' convolution, and the kernel of its vector-Jacobian product."""
+
+    weight: Tensor
+    bias: Tensor
+    transposed: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The convolution."""
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Its vector-Jacobian product, which is a convolution too."""
+        return F.conv2d(g, self.transposed, padding=self.weight.shape[-1] // 2)
+
+
+class Block(NamedTuple):
+    """One Glow block with ActNorm folded into the 1x1 convolution."""
+
+    encode: Conv
+    decode: Conv
+    net: tuple[Conv, Conv, Conv]
+    clamp: float
+
+
+class Kept(NamedTuple):
+    """What the gradient of one block needs: d(b out)/d(b in), d(b out)/d(net's raw output)."""
+
+    scale: Tensor
+    slope: Tensor
+    gates: tuple[Tensor, Tensor]
+
+
+def _coupling(block: Block, a: Tensor, gates: bool) -> tuple[Tensor, Tensor, Any]:
+    """Shift, normalised log-scale tanh(raw / clamp), and the ReLU gates of the network."""
+    first, second, third = block.net
+    one = F.relu_(first(a.to(first.weight.dtype)))
+    two = F.relu_(second(one))
+    shift, raw = third(two).to(a.dtype).chunk(2, dim=1)
+    tanh = raw.contiguous(memory_format=torch.channels_last).tanh_()  # thrice as fast as strided
+    return shift, tanh, (_gate(one), _gate(two)) if gates else None
+
+
+def _gate(relu: Tensor) -> Tensor:
+    """Where a ReLU is open, as bytes of 0 and 1.
+
+    On a CPU, `relu > 0` takes six times as long as this cast, and reading a gate back as bool
+    instead of uint8 another six times.
+    """
+    return relu.bool().view(torch.uint8)
+
+
+def decode_block(block: Block, h: Tensor, kept: list[Kept] | None) -> Tensor:
+    """From latent towards image; appends to ``kept`` what the gradient needs."""
+    a, b = h.chunk(2, dim=1)
+    shift, tanh, gates = _coupling(block, a, kept is not None)
+    scale = torch.exp(block.clamp * tanh)
+    scaled = b * scale
+    if kept is not None:
+        kept.append(Kept(scale, _slope(scaled, tanh), gates))
+    return block.decode(torch.cat((a, scaled + shift), dim=1))
+
+
+def encode_block(block: Block, h: Tensor, kept: list[Kept] | None) -> Tensor:
+    """From image towards latent; ``kept`` gets the same record as in :func:`decode_block`."""
+    a, b = block.encode(h).chunk(2, dim=1)
+    shift, tanh, gates = _coupling(block, a, kept is not None)
+    scale = torch.exp(block.clamp * tanh)
+    scaled = b - shift
+    if kept is not None:
+        kept.append(Kept(scale, _slope(scaled, tanh), gates))
+    return torch.cat((a, scaled / scale), dim=1)
+
+
+def _slope(scaled: Tensor, tanh: Tensor) -> Tensor:
+    """d(b * exp(s)) / d(raw log-scale) = b * exp(s) * (1 - tanh^2)."""
+    slope: Tensor = torch.ops.aten.tanh_backward(scaled, tanh)
+    return slope
+
+
+def block_vjp(block: Block, kept: Kept, g: Tensor) -> Tensor:
+    """The gradient at the latent side of :func:`decode_block`, from the one at the image side."""
+    g = block.decode.vjp(g)
+    g_a, g_b = g.chunk(2, dim=1)
+    first, second, third = block.net
+    one, two = kept.gates
+    g_net = torch.cat((g_b, g_b * kept.slope), dim=1).to(third.weight.dtype)
+    g_net = third.vjp(g_net)
+    g_net = second.vjp(g_net.mul_(two.to(g_net.dtype)))
+    g_net.mul_(one.to(g_net.dtype))
+    g_a += first.vjp(g_net).to(g.dtype)
+    g_b *= kept.scale
+    return g

@@ -1,0 +1,249 @@
+"""What a latent ball means in pixels: how far eta moves the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .frozen import FrozenGlow
+
+__all__ = ["calibrate", "matching_eta", "probe_network", "round_trip"]
+
+Norm = Literal["linf", "l2"]
+ETAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RECOMMENDED_RMS = 8 / 255
+_WORST_STEPS = 5
+
+
+def calibrate(
+    flow: FrozenGlow,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    network: nn.Module | None = None,
+    etas: Sequence[float] = ETAS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure how far latent balls of several radii move images.
+
+    Each radius is measured in three directions: ``random`` (a random corner, or a random point of
+    the sphere), ``gradient`` (one step along the loss gradient of a small network) and ``worst``
+    (ascent of the displacement itself). An L2 radius is ``eta * sqrt(D)``, so that both norms
+    move a latent value by ``eta`` on average.
+
+    Args:
+        flow: The flow.
+        images: Real images in [0, 1], some hundreds.
+        labels: Their classes; without them the gradient is that of telling mirrored images apart.
+        network: The classifier that gives the gradient; by default a small one is trained on
+            ``images`` with :func:`probe_network`.
+        etas: Radii per latent value.
+        seed: Of the directions and of the network.
+
+    Example:
+        >>> import ijsat_aug
+        >>> flow = ijsat_aug.load_flow("digits")
+        >>> table = calibrate(flow, torch.rand(8, 1, 8, 8), etas=(0.01, 0.02))
+        >>> [row["eta"] for row in table["linf"]]
+        [0.01, 0.02]
+        >>> sorted(table["linf"][0]["random"])
+        ['non_finite', 'out_of_range', 'pixel_linf', 'pixel_rms']
+    """
+    images = images.to(flow.device, flow.dtype)
+    network = network or probe_network(images, labels, seed)
+    targets = None if labels is None else labels.to(flow.device)
+    directions = {
+        "random": _random_direction(seed),
+        "gradient": _gradient_direction(flow, network, targets),
+        "worst": _worst_direction(flow, seed),
+    }
+    table: dict[str, Any] = {"images": len(images), "seed": seed}
+    for norm in ("linf", "l2"):
+        unit = 1.0 if norm == "linf" else math.sqrt(flow.latent_dim)
+        table[norm] = [
+            {
+                "eta": eta * unit,
+                **{name: _measure(flow, images, find, norm, eta * unit)
+                   for name, find in directions.items()},
+            }
+            for eta in etas
+        ]  # fmt: skip
+    table["recommended"] = {
+        norm: matching_eta(table, RECOMMENDED_RMS, norm) for norm in ("linf", "l2")
+    }
+    return table
+
+
+def matching_eta(calibration: Mapping[str, Any], pixel_rms: float, norm: str = "linf") -> float:
+    """The radius whose gradient step moves pixels by ``pixel_rms`` (an L-inf ``eps``, say).
+
+    Interpolates the table linearly, from the origin and never beyond its largest stable radius.
+
+    Example:
+        >>> table = {"linf": [{"eta": 0.1, "gradient": {"pixel_rms": 0.2, "non_finite": 0.0}}]}
+        >>> matching_eta(table, 0.1)
+        0.05
+    """
+    if norm not in ("linf", "l2"):
+        raise ValueError(f'norm must be "linf" or "l2", got {norm!r}.')
+    if norm not in calibration:
+        raise ValueError("the flow has no calibration table; run calibrate(), or give eta.")
+    if not (math.isfinite(pixel_rms) and pixel_rms >= 0):
+        raise ValueError(f"pixel_rms must be a number >= 0, got {pixel_rms!r}.")
+    below_eta, below_rms = 0.0, 0.0
+    for row in calibration[norm]:
+        rms = row["gradient"]["pixel_rms"]
+        if row["gradient"]["non_finite"] > 0 or rms is None:
+            break
+        if rms >= pixel_rms:
+            share = (pixel_rms - below_rms) / max(rms - below_rms, 1e-12)
+            return float(below_eta + share * (row["eta"] - below_eta))
+        below_eta, below_rms = row["eta"], rms
+    return float(below_eta)
+
+
+def round_trip(flow: FrozenGlow, images: Tensor) -> dict[str, float]:
+    """Largest |decode(encode(x)) - x| on real, mixed, black, white and noise images.
+
+    Example:
+        >>> import ijsat_aug
+        >>> errors = round_trip(ijsat_aug.load_flow("digits"), torch.rand(4, 1, 8, 8))
+        >>> max(errors.values()) < 1e-5
+        True
+    """
+    images = images.to(flow.device, flow.dtype)
+    generator = torch.Generator(flow.device).manual_seed(0)
+    noise = torch.rand(images.shape, generator=generator, device=flow.device, dtype=flow.dtype)
+    kinds = {
+        "real": images,
+        "mixed": (images + images.roll(1, 0)) / 2,
+        "black": torch.zeros_like(images[:1]),
+        "white": torch.ones_like(images[:1]),
+        "noise": noise,
+    }
+    return {k: float((flow.decode(flow.encode(x)) - x).abs().max()) for k, x in kinds.items()}
+
+
+def probe_network(
+    images: Tensor, labels: Tensor | None, seed: int = 0, steps: int = 300
+) -> nn.Module:
+    """A small convolutional network trained for some seconds; an honest source of gradients.
+
+    It classifies the images, or, without labels, tells how they were mirrored.
+
+    Example:
+        >>> network = probe_network(torch.rand(16, 1, 8, 8), None, steps=2)
+        >>> network(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 4])
+    """
+    generator = torch.Generator(images.device).manual_seed(seed)
+    classes = 4 if labels is None else int(labels.max()) + 1
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        network = _small_cnn(images.shape[1], classes).to(images.device, images.dtype)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    with torch.enable_grad(), torch.inference_mode(False):
+        for _ in range(steps):
+            index = torch.randint(
+                len(images), (min(64, len(images)),), generator=generator, device=images.device
+            )
+            x = images[index]
+            y = None if labels is None else labels.to(images.device)[index]
+            if y is None:
+                y = torch.randint(4, (len(x),), generator=generator, device=x.device)
+                x = _mirror(x, y)
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.requires_grad_(False).eval()
+
+
+def _small_cnn(channels: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, classes),
+    )  # fmt: skip
+
+
+def _mirror(x: Tensor, how: Tensor) -> Tensor:
+    wide = (slice(None), None, None, None)
+    x = torch.where((how % 2 == 1)[wide], x.flip(3), x)
+    return torch.where((how >= 2)[wide], x.flip(2), x)
+
+
+Find = Callable[[Tensor, Tensor, str, float], Tensor]
+
+
+def _random_direction(seed: int) -> Find:
+    def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
+        generator = torch.Generator(z.device).manual_seed(seed)
+        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        return _to_sphere(noise, norm, radius)
+
+    return find
+
+
+def _gradient_direction(flow: FrozenGlow, network: nn.Module, labels: Tensor | None) -> Find:
+    def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
+        _, tape = flow.encode_with_tape(x)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            logits = network(leaf)
+            # Without labels the images are shown as they are: class 0 is "not mirrored".
+            y = labels if labels is not None else torch.zeros(len(x), dtype=torch.long)
+            loss = F.cross_entropy(logits, y.to(x.device), reduction="sum")
+            (g,) = torch.autograd.grad(loss, leaf)
+        return _to_sphere(flow.vjp(tape, g), norm, radius)
+
+    return find
+
+
+def _worst_direction(flow: FrozenGlow, seed: int) -> Find:
+    start = _random_direction(seed)
+
+    def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
+        step = start(x, z, norm, radius)
+        for _ in range(_WORST_STEPS):
+            moved, tape = flow.decode_with_tape(z + step)
+            away = (moved - x).nan_to_num(0.0, 0.0, 0.0)
+            g = flow.vjp(tape, away).nan_to_num(0.0, 0.0, 0.0)
+            step = _to_sphere(g + 1e-20 * step, norm, radius)
+        return step
+
+    return find
+
+
+def _to_sphere(direction: Tensor, norm: str, radius: float) -> Tensor:
+    if norm == "linf":
+        return radius * direction.sign()
+    return radius * F.normalize(direction, dim=1, eps=torch.finfo(direction.dtype).tiny)
+
+
+@torch.no_grad()
+def _measure(
+    flow: FrozenGlow, images: Tensor, find: Find, norm: str, radius: float
+) -> dict[str, float | None]:
+    z = flow.encode(images)
+    moved = flow.decode(z + find(images, z, norm, radius))
+    finite = moved.isfinite().flatten(1).all(1)
+    away = (moved - images)[finite].flatten(1)
+    outside = ((moved < 0) | (moved > 1))[finite]
+    if not bool(finite.any()):
+        return {"pixel_linf": None, "pixel_rms": None, "out_of_range": None, "non_finite": 1.0}
+    return {
+        "pixel_linf": _rounded(away.abs().amax(1).median()),
+        "pixel_rms": _rounded(away.square().mean(1).sqrt().median()),
+        "out_of_range": _rounded(outside.float().mean()),
+        "non_finite": _rounded(1 - finite.float().mean()),
+    }
+
+
+def _rounded(value: Tensor) -> float:
+    return float(f"{float(value):.4g}")

@@ -1,0 +1,85 @@
+"""The README of a checkpoint: what it is, how good it is, how far eta moves a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["render"]
+
+
+def render(card: Mapping[str, Any]) -> str:
+    """The card of a ``config.json`` as Markdown.
+
+    Example:
+        >>> from ijsat_aug.flows.checkpoint import load_flow
+        >>> render(load_flow("digits").info).splitlines()[0]
+        '# Flow `digits`'
+    """
+    net = card["architecture"]
+    size = "x".join(map(str, net["shape"]))
+    sections = [
+        f"# Flow `{card['name']}`",
+        f"A Glow for {size} images: {net['levels']} levels of {net['steps']} steps, hidden width "
+        f"{net['hidden']}, {card['weights']['bytes'] / 1e6:.1f} MB.",
+        "```python\nfrom ijsat_aug import load_flow\n\n"
+        f'flow = load_flow("{card["name"]}")  # or the path of this folder\n'
+        "z = flow.encode(x)                # exact, standardised latents (B, D)\n"
+        "x = flow.decode(z)                # differentiable once\n```",
+        f"* Data: {card['data']}\n* Licence of the weights: {card['license']}\n"
+        f"* sha256 of `model.safetensors`: `{card['weights']['sha256']}`",
+    ]
+    if card["metrics"]:
+        sections += ["## Quality", _metrics(card["metrics"])]
+    if card["calibration"]:
+        sections += ["## How far eta moves a picture", *_calibration(card["calibration"])]
+    if card["training"]:
+        lines = [f"* {k.replace('_', ' ')}: {v}" for k, v in card["training"].items()]
+        sections += ["## Training", "\n".join(lines)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    lines = []
+    for split, value in metrics.get("bits_per_dim", {}).items():
+        count = metrics.get("images", {}).get(split)
+        on = f" ({count:,} images)" if count else ""
+        lines.append(f"* {value:.3f} bits/dim on the {split.replace('_', '-')} split{on}")
+    if trip := metrics.get("round_trip"):
+        parts = ", ".join(f"{v:.1e} on {k}" for k, v in trip.items())
+        lines.append(f"* Largest round-trip error in float32: {parts} images")
+    return "\n".join(lines)
+
+
+def _calibration(table: Mapping[str, Any]) -> list[str]:
+    blocks = [
+        f"Measured on {table['images']} images: medians of |G(z + λ) − x| over the images, in "
+        "units of 1/255. "
+        "`random`: a random corner (L-inf) or point of the sphere (L2); `gradient`: one step along "
+        "the loss gradient of a small network; `worst`: ascent of the displacement itself."
+    ]
+    for norm, title in (("linf", "L-inf"), ("l2", "L2")):
+        rows = [
+            f"| η ({title}) | random: max / RMS | gradient: max / RMS | worst: max / RMS | "
+            "outside [0, 1], worst | not finite, worst |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in table[norm]:
+            cells = [_moves(row[kind]) for kind in ("random", "gradient", "worst")]
+            outside, lost = row["worst"]["out_of_range"], row["worst"]["non_finite"]
+            outside = "–" if outside is None else f"{outside:.1%}"
+            rows.append(f"| {row['eta']:.4g} | {' | '.join(cells)} | {outside} | {lost:.1%} |")
+        blocks.append("\n".join(rows))
+    wanted = table["recommended"]
+    blocks.append(
+        f"Recommended η: {wanted['linf']:.3g} (L-inf) or {wanted['l2']:.3g} (L2), where a gradient "
+        "step moves pixels by an RMS of 8/255."
+    )
+    return blocks
+
+
+def _moves(cell: Mapping[str, float | None]) -> str:
+    largest, rms = cell["pixel_linf"], cell["pixel_rms"]
+    if largest is None or rms is None:
+        return "–"
+    return f"{255 * largest:.1f} / {255 * rms:.1f}"

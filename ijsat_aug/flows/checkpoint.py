@@ -1,0 +1,311 @@
+"""Flow checkpoints: a folder of safetensors and JSON, verified before use, never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fold import freeze
+from .frozen import FrozenGlow, Memory
+from .glow import GlowConfig
+from .registry import CheckpointError, locate
+
+__all__ = ["CheckpointError", "convert_checkpoint", "load_flow", "load_state", "save_flow"]
+
+FORMAT = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+_shared: weakref.WeakValueDictionary[tuple[object, ...], FrozenGlow] = weakref.WeakValueDictionary()
+
+
+def load_flow(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
+    sha256: str | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory: Memory = "tape",
+) -> FrozenGlow:
+    """Load a frozen flow, ready for :class:`JointSpaceAdv` and verified by its checksum.
+
+    The same file on the same device is one shared object for all callers.
+
+    Args:
+        source: A name of ``pretrained/`` (``"digits"``), a checkpoint folder, or the id of a
+            Hugging Face repository (``"owner/name"``).
+        device: Where the flow shall run.
+        revision: Branch, tag or commit of a Hugging Face repository.
+        sha256: Checksum that ``model.safetensors`` must have.
+        compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
+        memory: See :meth:`FrozenGlow.to`.
+
+    Example:
+        >>> flow = load_flow("digits")
+        >>> flow.shape
+        (1, 8, 8)
+        >>> load_flow("digits") is flow
+        True
+    """
+    folder, expected = locate(source, revision)
+    card, config, weights = _read(folder, sha256 or expected)
+    where = torch.empty(0, device=device).device
+    key = (
+        card["weights"]["sha256"],
+        json.dumps(card, sort_keys=True),
+        where,
+        compute_dtype,
+        memory,
+    )
+    flow = _shared.get(key)
+    if flow is None:
+        try:
+            flow = freeze(
+                config, _tensors(folder, weights), info=card, device=where,
+                compute_dtype=compute_dtype, memory=memory,
+            )  # fmt: skip
+        except ValueError as error:
+            raise CheckpointError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
+        _shared[key] = flow
+    return flow
+
+
+def load_state(
+    source: str | Path, *, sha256: str | None = None
+) -> tuple[GlowConfig, dict[str, Tensor]]:
+    """The config and normflows state dict of a checkpoint, to train it further or to study it.
+
+    Example:
+        >>> from ijsat_aug.flows.glow import build_glow
+        >>> config, state = load_state("digits")
+        >>> build_glow(config).load_state_dict(state)
+        <All keys matched successfully>
+    """
+    folder, expected = locate(source, None)
+    _, config, weights = _read(folder, sha256 or expected)
+    return config, _tensors(folder, weights)
+
+
+def save_flow(
+    folder: str | Path,
+    config: GlowConfig,
+    state: Mapping[str, Tensor],
+    *,
+    name: str | None = None,
+    data: str = "unspecified",
+    license: str = "unspecified",
+    metrics: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder: all of it, or nothing.
+
+    Args:
+        folder: Where; other files in it are kept.
+        config: The network.
+        state: State dict of :func:`build_glow`'s model, with every ActNorm initialised.
+        name: Of the flow, for the card; the folder's name by default.
+        data: What it was trained on.
+        license: Of the weights.
+        metrics: Such as bits per dimension and round-trip error.
+        calibration: The table of :func:`ijsat_aug.flows.calibration.calibrate`.
+        training: How it was trained.
+
+    Example:
+        >>> import tempfile
+        >>> config, state = load_state("digits")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     load_flow(save_flow(place + "/mine", config, state, data="digits")).shape
+        (1, 8, 8)
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    freeze(config, state)  # refuses weights that would not load
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    weights = save(tensors, metadata={"architecture": _architecture(config)})
+    card = {
+        "format": FORMAT,
+        "kind": "glow",
+        "name": name or folder.name,
+        "architecture": config.to_dict(),
+        "data": data,
+        "license": license,
+        "metrics": dict(metrics or {}),
+        "calibration": dict(calibration or {}),
+        "training": dict(training or {}),
+        "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)},
+        "versions": {p: metadata.version(p) for p in ("torch", "normflows", "safetensors")},
+    }
+    from .card import render
+
+    _swap_in(
+        folder,
+        {
+            WEIGHTS: weights,
+            CONFIG: (json.dumps(card, indent=1) + "\n").encode(),
+            CARD: render(card).encode(),
+        },
+    )
+    return folder
+
+
+def convert_checkpoint(
+    file: str | Path, config: GlowConfig, folder: str | Path, **card: Any
+) -> Path:
+    """Convert a legacy ``.pt`` state dict of a normflows Glow; nothing in it is executed.
+
+    Args:
+        file: Written by ``torch.save(model.state_dict(), file)`` or normflows' own ``save``.
+        config: The network that it belongs to.
+        folder: The checkpoint folder to write.
+        card: Further arguments of :func:`save_flow`.
+
+    Example:
+        >>> import tempfile
+        >>> config, state = load_state("digits")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     torch.save(state, place + "/old.pt")
+        ...     convert_checkpoint(place + "/old.pt", config, place + "/new").name
+        'new'
+    """
+    import pickle
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is damaged, and is not opened; save it again with "
+            "torch.save(model.state_dict(), ...)."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{file} is not a state dict of tensors.")
+    try:
+        return save_flow(folder, config, state, **card)
+    except ValueError as error:
+        raise CheckpointError(f"{file} does not fit the config: {error}") from error
+
+
+def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig, bytes]:
+    """Config and weights of a folder, after every check."""
+    card = _read_card(folder)
+    path = folder / WEIGHTS
+    try:
+        weights = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder.") from None
+    actual = hashlib.sha256(weights).hexdigest()
+    for source, wanted in ((CONFIG, card["weights"]["sha256"]), ("you or the registry", sha256)):
+        if wanted is not None and actual != wanted.lower():
+            raise CheckpointError(
+                f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
+                f"asked for {wanted[:12]}…; delete the folder and fetch it again."
+            )
+    try:
+        config = GlowConfig.from_dict(card["architecture"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no valid flow: {error}") from error
+    _check_architecture(folder, config, weights)
+    return card, config, weights
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not a flow checkpoint: it has no {CONFIG}; name the folder that "
+            "save_flow or ijsat-aug train-flow wrote."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); fetch the checkpoint again."
+        ) from error
+    if not isinstance(card, dict) or not isinstance(card.get("format"), int):
+        raise CheckpointError(f"{path} is not the config of a flow; fetch the checkpoint again.")
+    if card["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {card['format']}, this ijsat-aug reads up to {FORMAT}; upgrade "
+            "with pip install -U ijsat-aug."
+        )
+    sha256 = (
+        card.get("weights", {}).get("sha256") if isinstance(card.get("weights"), dict) else None
+    )
+    if card.get("kind") != "glow" or "architecture" not in card or not isinstance(sha256, str):
+        raise CheckpointError(f"{path} describes no Glow; fetch the checkpoint again.")
+    return card
+
+
+def _check_architecture(folder: Path, config: GlowConfig, weights: bytes) -> None:
+    length = int.from_bytes(weights[:8], "little")
+    try:
+        header = json.loads(weights[8 : 8 + length])
+        stored = header.get("__metadata__", {}).get("architecture")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is no safetensors file; fetch the checkpoint again."
+        ) from error
+    if stored != _architecture(config):
+        raise CheckpointError(
+            f"{folder / CONFIG} and {WEIGHTS} describe different networks; one of them was "
+            "changed or swapped, fetch the checkpoint again."
+        )
+
+
+def _tensors(folder: Path, weights: bytes) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors: dict[str, Tensor] = load(weights)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged ({error}); fetch the checkpoint again."
+        ) from error
+    return tensors
+
+
+def _architecture(config: GlowConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def _swap_in(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace the files of a folder together: write a full copy beside it, then rename."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fresh.chmod(0o755)
+        for name, data in files.items():
+            (fresh / name).write_bytes(data)
+        if not folder.exists():
+            fresh.rename(folder)
+            return
+        for other in folder.iterdir():
+            if other.name not in files:
+                _link(other, fresh / other.name)
+        old = fresh.with_name(f"{fresh.name}.old")
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)

@@ -1,0 +1,182 @@
+"""Training images for a flow, from wherever they are, as one uint8 tensor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ImageData", "load_images"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Integer grey levels ``(N, C, H, W)`` below ``bins``, and labels when there are any."""
+
+    images: Tensor
+    labels: Tensor | None
+    bins: int
+    name: str
+
+    def split(self, held_out: float, seed: int = 0) -> tuple[ImageData, ImageData]:
+        """A random training part and a held-out part, the same for the same seed."""
+        count = len(self.images)
+        test = min(max(1, round(held_out * count)), count - 1)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return self.take(order[test:]), self.take(order[:test])
+
+    def take(self, index: Tensor) -> ImageData:
+        """The images (and labels) at an index."""
+        labels = None if self.labels is None else self.labels[index]
+        return ImageData(self.images[index], labels, self.bins, self.name)
+
+
+def load_images(
+    source: str | Path,
+    *,
+    size: int | None = None,
+    root: str | Path | None = None,
+    train: bool = True,
+) -> ImageData:
+    """Load images for the flow trainer.
+
+    Args:
+        source: ``"digits"`` (scikit-learn's), an ``.npy`` or ``.npz`` file, a folder of images
+            (class sub-folders become labels), or the name of a torchvision dataset such as
+            ``"CIFAR10"``.
+        size: Resize the shorter side and crop the centre; needed for a folder of mixed sizes.
+        root: Where the torchvision dataset lies; it is downloaded there when it is missing.
+        train: The training split of a torchvision dataset, or of the digits (1500 of 1797).
+
+    Example:
+        >>> digits = load_images("digits")
+        >>> digits.images.shape, digits.bins
+        (torch.Size([1500, 1, 8, 8]), 17)
+    """
+    path = Path(source)
+    if path.is_dir():
+        data = _from_folder(path, size)
+    elif path.suffix in {".npy", ".npz"}:
+        data = _from_array(path)
+    elif source == "digits":
+        data = _digits(train)
+    else:
+        data = _from_torchvision(str(source), root, train, size)
+    if len(data.images) < 2:
+        raise ValueError(f"{source} holds {len(data.images)} images; a flow needs at least 2.")
+    return data
+
+
+def _digits(train: bool) -> ImageData:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('"digits" needs scikit-learn: pip install "ijsat-aug[demo]".') from error
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
+    everything = ImageData(images, torch.from_numpy(digits.target).long(), 17, "digits")
+    training, test = everything.split(297 / 1797)
+    return training if train else test
+
+
+def _from_array(path: Path) -> ImageData:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    loaded = np.load(path, allow_pickle=False)
+    labels = None
+    if isinstance(loaded, np.ndarray):
+        images = loaded
+    else:
+        name = next((n for n in ("images", "x", "data", *loaded.files) if n in loaded.files), None)
+        if name is None:
+            raise ValueError(f"{path} holds no array; save the images under the name 'images'.")
+        images = loaded[name]
+        label_name = next((n for n in ("labels", "y", "targets") if n in loaded.files), None)
+        if label_name is not None:
+            labels = torch.from_numpy(loaded[label_name].astype(np.int64)).flatten()
+            if len(labels) != len(images):
+                raise ValueError(f"{path} holds {len(images)} images but {len(labels)} labels.")
+    return ImageData(_channels_first(images, path), labels, 256, path.name)
+
+
+def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
+    if images.dtype != np.uint8:
+        raise TypeError(f"{path} holds {images.dtype}; save the images as uint8, 0..255.")
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    if tensor.ndim == 3:
+        tensor = tensor[:, None]
+    elif tensor.ndim == 4 and tensor.shape[1] > 4 >= tensor.shape[3]:
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim != 4 or tensor.shape[1] > 4:
+        raise ValueError(
+            f"{path} has shape {tuple(images.shape)}; expected (N, H, W), (N, H, W, C) or "
+            "(N, C, H, W) with at most 4 channels."
+        )
+    return tensor.contiguous()
+
+
+def _from_folder(folder: Path, size: int | None) -> ImageData:
+    from PIL import Image
+
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
+    images = _stack((Image.open(f) for f in files), size, folder)
+    names = [f.relative_to(folder).parts[0] for f in files if f.parent != folder]
+    labels = None
+    if len(names) == len(files):
+        classes = {name: i for i, name in enumerate(sorted(set(names)))}
+        labels = torch.tensor([classes[name] for name in names])
+    return ImageData(images, labels, 256, folder.name)
+
+
+def _from_torchvision(
+    name: str, root: str | Path | None, train: bool, size: int | None
+) -> ImageData:
+    from torchvision import datasets
+
+    kind: Callable[..., Any] | None = getattr(datasets, name, None)
+    if kind is None or not isinstance(kind, type):
+        raise ValueError(
+            f"{name!r} is neither a file or folder that exists, nor 'digits', nor a dataset of "
+            "torchvision; check the spelling or the path."
+        )
+    if root is None:
+        raise ValueError(f"say where torchvision's {name} lies or may be downloaded to: root=...")
+    known = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"download": True} if "download" in known else {}
+    if "train" in known:
+        options["train"] = train
+    elif "split" in known:
+        options["split"] = "train" if train else "test"
+    dataset = kind(root, **options)
+    samples = [dataset[i] for i in range(len(dataset))]
+    images = _stack((sample[0] for sample in samples), size, name)
+    targets = [sample[1] for sample in samples]
+    labels = torch.tensor(targets) if all(isinstance(t, int) for t in targets) else None
+    return ImageData(images, labels, 256, f"torchvision {name}")
+
+
+def _stack(pictures: Iterable[Any], size: int | None, source: Path | str) -> Tensor:
+    from torchvision.transforms.v2 import functional as F
+
+    tensors: list[Tensor] = []
+    for picture in pictures:
+        grey = picture.mode in {"1", "L", "I;16"}
+        tensor = F.pil_to_tensor(picture.convert("L" if grey else "RGB"))
+        if size is not None:
+            tensor = F.center_crop(F.resize(tensor, [size], antialias=True), [size, size])
+        tensors.append(tensor)
+    if any(t.shape[0] == 3 for t in tensors):
+        tensors = [t.expand(3, -1, -1) for t in tensors]
+    if len({t.shape for t in tensors}) > 1:
+        raise ValueError(f"the images of {source} differ in size; give one with size=...")
+    return torch.stack(tensors)

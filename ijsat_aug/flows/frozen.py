@@ -1,0 +1,393 @@
+"""A frozen Glow: the same function as normflows', with folded weights and its own gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .blocks import Block, Conv, Kept, block_vjp, decode_block, encode_block
+from .glow import GlowConfig, from_unit, to_unit
+
+__all__ = ["FrozenGlow", "Memory", "Tape"]
+
+Memory = Literal["tape", "low"]
+
+
+class Tape(NamedTuple):
+    """The record of one encode or decode pass, for :meth:`FrozenGlow.vjp`."""
+
+    blocks: tuple[Kept, ...]
+    squashed: Tensor | None
+
+    def nbytes(self) -> int:
+        """Bytes that the tape keeps alive."""
+        kept = [t for k in self.blocks for t in (k.scale, k.slope, *k.gates)]
+        if self.squashed is not None:
+            kept.append(self.squashed)
+        return sum(t.untyped_storage().nbytes() for t in kept)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenGlow:
+    """A frozen flow: exact ``encode``, differentiable ``decode``, and nothing to train.
+
+    Images are float tensors in [0, 1]; latents are flat ``(B, D)`` tensors with zero mean and unit
+    variance under the base density. Both directions always run in the flow's own precision, also
+    under autocast. Use :func:`freeze` or :func:`ijsat_aug.load_flow` to get one.
+
+    Example:
+        >>> import ijsat_aug
+        >>> flow = ijsat_aug.load_flow("digits")
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> z = flow.encode(x)
+        >>> z.shape
+        torch.Size([2, 64])
+        >>> bool(torch.allclose(flow.decode(z), x, atol=1e-5))
+        True
+    """
+
+    config: GlowConfig
+    levels: tuple[tuple[Block, ...], ...]
+    mean: Tensor
+    std: Tensor
+    info: Mapping[str, Any]
+    memory: Memory = "tape"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of the images."""
+        return self.config.shape
+
+    @property
+    def latent_dim(self) -> int:
+        """Length D of a latent."""
+        return self.config.latent_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the state; the coupling networks may use less."""
+        return self.mean.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the coupling networks."""
+        return self.levels[0][0].net[0].weight.dtype
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latent of each image, exactly and without gradient.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> flow.encode(torch.zeros(3, 1, 8, 8)).shape
+            torch.Size([3, 64])
+        """
+        with torch.no_grad(), _exactly(x):
+            return self._encode(self._image(x), None)[0]
+
+    def encode_with_tape(self, x: Tensor) -> tuple[Tensor, Tape]:
+        """The latents, and the tape for the gradient of ``decode`` at them.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> z, tape = flow.encode_with_tape(torch.rand(2, 1, 8, 8))
+            >>> flow.vjp(tape, torch.ones(2, 1, 8, 8)).shape  # no decode needed
+            torch.Size([2, 64])
+        """
+        kept: list[Kept] = []
+        with torch.no_grad(), _exactly(x):
+            z, squashed = self._encode(self._image(x), kept)
+            return z, Tape(tuple(reversed(kept)), squashed)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The image of each latent, differentiable once with respect to ``z``; not clipped.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> z = torch.zeros(1, 64, requires_grad=True)
+            >>> flow.decode(z).sum().backward()
+            >>> z.grad.shape
+            torch.Size([1, 64])
+        """
+        with _exactly(z):
+            z = self._latent(z)
+            if torch.is_grad_enabled() and z.requires_grad:
+                image: Tensor = _Decode.apply(z, self)
+                return image
+            with torch.no_grad():
+                return self._decode(z, None)[0]
+
+    def decode_with_tape(self, z: Tensor) -> tuple[Tensor, Tape]:
+        """The images, and the tape for the gradient at ``z``; no autograd graph is built.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> x, tape = flow.decode_with_tape(torch.zeros(1, 64))
+            >>> flow.vjp(tape, torch.ones_like(x)).shape
+            torch.Size([1, 64])
+        """
+        kept: list[Kept] = []
+        with torch.no_grad(), _exactly(z):
+            x, squashed = self._decode(self._latent(z), kept)
+            return x, Tape(tuple(kept), squashed)
+
+    def vjp(self, tape: Tape, g: Tensor) -> Tensor:
+        """The gradient ``g^T d decode(z) / dz`` at the point where the tape was recorded.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> _, tape = flow.encode_with_tape(torch.rand(2, 1, 8, 8))
+            >>> flow.vjp(tape, torch.zeros(2, 1, 8, 8)).abs().max()
+            tensor(0.)
+        """
+        with torch.no_grad(), _exactly(g):
+            h = self._to_domain_vjp(g.to(self.dtype), tape.squashed)
+            blocks = iter(reversed(tape.blocks))
+            parts: list[Tensor] = []
+            for level in reversed(self.levels):
+                h = _unshuffle(h)
+                for block in reversed(level):
+                    h = block_vjp(block, next(blocks), h)
+                h = _split_off(h, parts, last=level is self.levels[0])
+            return self._flatten(parts) * self.std
+
+    def sample(
+        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Random images of the flow, clipped to [0, 1].
+
+        Example:
+            >>> import ijsat_aug
+            >>> ijsat_aug.load_flow("digits").sample(4, temperature=0.7).shape
+            torch.Size([4, 1, 8, 8])
+        """
+        z = torch.randn(
+            count, self.latent_dim, generator=generator, device=self.device, dtype=self.dtype
+        )
+        return self.decode(temperature * z).clamp(0, 1)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        memory: Memory | None = None,
+    ) -> FrozenGlow:
+        """A flow with the same function elsewhere; ``self`` when nothing changes.
+
+        Args:
+            device: Where the weights shall lie.
+            dtype: Precision of the state. float64 is for tests: the folded weights of a flow that
+                was frozen in float32 keep float32's accuracy.
+            compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
+            memory: ``"tape"`` keeps what the gradient of ``decode`` needs; ``"low"`` keeps the
+                image alone and inverts the flow block by block on the way back.
+
+        Example:
+            >>> import ijsat_aug
+            >>> flow = ijsat_aug.load_flow("digits")
+            >>> flow.to("cpu") is flow
+            True
+            >>> flow.to(compute_dtype=torch.bfloat16).compute_dtype
+            torch.bfloat16
+        """
+        target = torch.empty(0, device=device or self.device, dtype=dtype or self.dtype)
+        low = compute_dtype or (dtype if self.compute_dtype == self.dtype else self.compute_dtype)
+        low = low or self.compute_dtype
+        memory = memory or self.memory
+        if memory not in ("tape", "low"):
+            raise ValueError(f'memory must be "tape" or "low", got {memory!r}.')
+        same_place = target.device == self.device and target.dtype == self.dtype
+        if same_place and low == self.compute_dtype:
+            return self if memory == self.memory else replace(self, memory=memory)
+        with torch.inference_mode(False), torch.no_grad():
+            levels = tuple(tuple(_move(b, target, low) for b in level) for level in self.levels)
+            mean, std = self.mean.to(target), self.std.to(target)
+        return replace(self, levels=levels, mean=mean, std=std, memory=memory)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        c = self.config
+        return (
+            f"FrozenGlow({size}, levels={c.levels}, steps={c.steps}, hidden={c.hidden}, "
+            f"device={str(self.device)!r}, compute_dtype={self.compute_dtype})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenGlow:
+        return self  # nothing in it can change
+
+    def _image(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"this flow takes images of shape (B, {', '.join(map(str, self.shape))}), "
+                f"got {tuple(x.shape)}."
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"this flow takes float images in [0, 1], got {x.dtype}; "
+                "divide 8-bit images by 255."
+            )
+        self._check_device(x)
+        return x.detach().to(self.dtype)
+
+    def _latent(self, z: Tensor) -> Tensor:
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"this flow takes latents of shape (B, {self.latent_dim}), got {tuple(z.shape)}."
+            )
+        self._check_device(z)
+        return z.to(self.dtype)
+
+    def _check_device(self, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            raise ValueError(
+                f"the flow is on {self.device} and the batch on {tensor.device}; "
+                f"use flow.to({str(tensor.device)!r})."
+            )
+
+    def _encode(self, x: Tensor, kept: list[Kept] | None) -> tuple[Tensor, Tensor | None]:
+        h, squashed = self._to_domain(x)
+        h = h.contiguous(memory_format=torch.channels_last)
+        parts: list[Tensor] = []
+        for level in reversed(self.levels):
+            h = _unshuffle(h)
+            for block in reversed(level):
+                h = encode_block(block, h, kept)
+            h = _split_off(h, parts, last=level is self.levels[0])
+        return (self._flatten(parts) - self.mean) / self.std, squashed
+
+    def _decode(self, z: Tensor, kept: list[Kept] | None) -> tuple[Tensor, Tensor | None]:
+        parts = self._unflatten(z * self.std + self.mean)
+        h = parts[0]
+        for i, level in enumerate(self.levels):
+            if i:
+                h = torch.cat((h, parts[i]), dim=1)
+            for block in level:
+                h = decode_block(block, h, kept)
+            h = F.pixel_shuffle(h, 2)
+        return self._from_domain(h)
+
+    def _decode_vjp_from_image(self, x: Tensor, g: Tensor) -> Tensor:
+        """The gradient at the latent of ``x``, inverting one block at a time."""
+        h, squashed = self._to_domain(x)
+        h = h.contiguous(memory_format=torch.channels_last)
+        g = self._to_domain_vjp(g.to(self.dtype), squashed)
+        rest: list[Tensor] = []
+        parts: list[Tensor] = []
+        for level in reversed(self.levels):
+            h, g = _unshuffle(h), _unshuffle(g)
+            for block in reversed(level):
+                kept: list[Kept] = []
+                h = encode_block(block, h, kept)
+                g = block_vjp(block, kept[0], g)
+            last = level is self.levels[0]
+            h, g = _split_off(h, rest, last=last), _split_off(g, parts, last=last)
+        return self._flatten(parts) * self.std
+
+    def _to_domain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        u = to_unit(x, self.config.bins)
+        if self.config.logit is None:
+            return u - 0.5, None
+        squashed = self.config.logit + (1 - 2 * self.config.logit) * u
+        return torch.logit(squashed), squashed
+
+    def _from_domain(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.config.logit is None:
+            return from_unit(v + 0.5, self.config.bins), None
+        squashed = torch.sigmoid(v)
+        u = (squashed - self.config.logit) / (1 - 2 * self.config.logit)
+        return from_unit(u, self.config.bins), squashed
+
+    def _to_domain_vjp(self, g: Tensor, squashed: Tensor | None) -> Tensor:
+        factor = self.config.bins / (self.config.bins - 1)
+        if self.config.logit is not None:
+            assert squashed is not None
+            g = g * (squashed * (1 - squashed))
+            factor /= 1 - 2 * self.config.logit
+        return (g * factor).contiguous(memory_format=torch.channels_last)
+
+    def _flatten(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.flatten(1) for part in reversed(parts)], dim=1)
+
+    def _unflatten(self, z: Tensor) -> list[Tensor]:
+        sizes = [math.prod(shape) for shape in self.config.latent_shapes]
+        parts = z.split(sizes, dim=1)
+        shaped = (p.unflatten(1, s) for p, s in zip(parts, self.config.latent_shapes, strict=True))
+        return [p.contiguous(memory_format=torch.channels_last) for p in shaped]
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, flow: FrozenGlow) -> Tensor:
+        ctx.flow = flow
+        if flow.memory == "low":
+            x, _ = flow._decode(z, None)
+            ctx.save_for_backward(x)
+            return x
+        kept: list[Kept] = []
+        x, squashed = flow._decode(z, kept)
+        ctx.tape = Tape(tuple(kept), squashed)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        flow: FrozenGlow = ctx.flow
+        with _exactly(g):
+            if flow.memory == "low":
+                (x,) = ctx.saved_tensors
+                return flow._decode_vjp_from_image(x, g), None
+            return flow.vjp(ctx.tape, g), None
+
+
+def _exactly(tensor: Tensor) -> torch.autocast:
+    """No autocast: rounding the state of the flow to bfloat16 would move pixels by 4/255."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _unshuffle(h: Tensor) -> Tensor:
+    return F.pixel_unshuffle(h, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:
+    """Put aside the latents of this level and hand on the rest."""
+    if not last:
+        h, part = h.chunk(2, dim=1)
+        parts.append(part)
+        return h
+    parts.append(h)
+    return h
+
+
+def _move(block: Block, target: Tensor, low: torch.dtype) -> Block:
+    def convert(conv: Conv, dtype: torch.dtype) -> Conv:
+        weight, bias, transposed = (t.to(target.device, dtype) for t in conv)
+        last = torch.channels_last
+        return Conv(
+            weight.contiguous(memory_format=last), bias, transposed.contiguous(memory_format=last)
+        )
+
+    one, two, three = block.net
+    return Block(
+        convert(block.encode, target.dtype),
+        convert(block.decode, target.dtype),
+        (convert(one, low), convert(two, low), convert(three, low)),
+        block.clamp,
+    )

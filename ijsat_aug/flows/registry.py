@@ -1,0 +1,145 @@
+"""Where checkpoints come from: inside the wheel, the cache, a URL, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomically
+
+__all__ = ["CheckpointError", "cache_home", "locate", "names"]
+
+_FILES = ("config.json", "README.md", "model.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or not what it says it is."""
+
+
+def cache_home() -> Path:
+    """The folder for fetched checkpoints: ``IJSAT_HOME``, or the platform's cache folder.
+
+    Example:
+        >>> import os
+        >>> os.environ["IJSAT_HOME"] = "/tmp/flows"
+        >>> str(cache_home())
+        '/tmp/flows'
+        >>> del os.environ["IJSAT_HOME"]
+    """
+    if home := os.environ.get("IJSAT_HOME"):
+        return Path(home).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("ijsat_aug", appauthor=False))
+
+
+def names() -> list[str]:
+    """Names that :func:`ijsat_aug.load_flow` knows.
+
+    Example:
+        >>> "digits" in names()
+        True
+    """
+    return sorted(_registry())
+
+
+def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a checkpoint, fetched when needed, and the sha256 of its weights."""
+    text = os.fspath(source)
+    if text in _registry() and isinstance(source, str):
+        return _named(text), _registry()[text]["model.safetensors"]
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path, None
+    if isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _from_hub(text, revision, ""), None
+    near = difflib.get_close_matches(text, names(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise CheckpointError(
+        f"there is no flow {text!r}: it is neither a folder, nor 'owner/name' on the Hugging Face "
+        f"hub, nor one of {names()}.{hint}"
+    )
+
+
+@cache
+def _registry() -> dict[str, dict[str, str]]:
+    file = _pretrained() / "registry.json"
+    registry: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
+    return registry
+
+
+def _pretrained() -> Path:
+    """``pretrained/`` of the wheel, or of the source tree."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "pretrained"
+    return inside if inside.is_dir() else package.parent / "pretrained"
+
+
+def _named(name: str) -> Path:
+    shipped = _pretrained() / name
+    if (shipped / "model.safetensors").is_file():
+        return shipped
+    checksums = _registry()[name]
+    folder = cache_home() / name / checksums["model.safetensors"][:16]
+    if all((folder / file).is_file() for file in _FILES):
+        return folder
+    base = os.environ.get("IJSAT_URL", "").rstrip("/")
+    if not base:
+        raise CheckpointError(
+            f"flow {name!r} is not part of this installation; set IJSAT_URL to a place that has it "
+            f"(https://..., file://... or hf://owner/repository), or copy its folder to {folder}."
+        )
+    if base.startswith("hf://"):
+        owner_name, _, revision = base.removeprefix("hf://").partition("@")
+        return _from_hub(owner_name, revision or None, f"{name}/")
+    for file in _FILES:  # the weights last: they complete the folder
+        _download(f"{base}/{name}/{file}", folder / file, checksums[file])
+    return folder
+
+
+def _download(url: str, target: Path, sha256: str) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data: bytes = response.read()
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        raise CheckpointError(f"cannot fetch {url} ({error}); check IJSAT_URL.") from error
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != sha256:
+        raise CheckpointError(
+            f"{url} is damaged or another file: its sha256 is {actual[:12]}…, the registry asks "
+            f"for {sha256[:12]}…; nothing was kept."
+        )
+    write_atomically(target, data)
+
+
+def _from_hub(repository: str, revision: str | None, prefix: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError(
+            f"{repository!r} lies on the Hugging Face hub; to fetch it: "
+            'pip install "ijsat-aug[hub]".'
+        ) from error
+    options: dict[str, Any] = {"cache_dir": cache_home() / "hub", "revision": revision}
+    try:
+        paths = [
+            Path(huggingface_hub.hf_hub_download(repository, f"{prefix}{file}", **options))
+            for file in _FILES
+        ]
+    except Exception as error:  # the hub client raises errors of several libraries
+        raise CheckpointError(
+            f"cannot fetch {repository!r} from the Hugging Face hub: {_first_line(error)}"
+        ) from error
+    return paths[0].parent
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,343 @@
+"""Train a flow: maximum likelihood on normflows' Glow, with accelerate as the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .data import ImageData
+from .display import Display, Progress
+from .files import write_atomically
+from .fold import freeze
+from .glow import ClampedNet, GlowConfig, bits_per_dim, build_glow, dequantize
+from .publish import evaluate, publish, save_pictures
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["train_flow"]
+
+
+def train_flow(
+    data: ImageData,
+    config: GlowConfig,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    test: ImageData | None = None,
+    resume: bool = False,
+    name: str | None = None,
+    license: str = "unspecified",
+    quiet: bool = False,
+) -> Path:
+    """Train a flow and write a finished checkpoint folder with its card.
+
+    Runs on whatever accelerate finds: a CPU, a GPU, or several through ``accelerate launch``.
+
+    Args:
+        data: Training images; a share of them is held out to choose the best weights.
+        config: The network.
+        out: The checkpoint folder; pictures and the resumable state lie in ``out/training``.
+        recipe: How long and how.
+        test: Images of a test split, measured once, at the end.
+        resume: Go on from ``out/training`` when an interrupted training is there.
+        name: Of the flow, for its card; the folder's name by default.
+        license: Of the weights, for the card.
+        quiet: No progress bar.
+
+    Example:
+        >>> import tempfile
+        >>> from ijsat_aug.flows.data import load_images
+        >>> digits = load_images("digits")
+        >>> config = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = train_flow(digits, config, folder + "/flow", Recipe(epochs=0.1), quiet=True)
+        ...     sorted(p.name for p in path.iterdir() if p.suffix)
+        ['README.md', 'config.json', 'model.safetensors']
+    """
+    _check(data, config, test, recipe)
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError(
+            'training a flow needs accelerate: pip install "ijsat-aug[train]".'
+        ) from error
+    out = Path(out)
+    accelerator = Accelerator(
+        log_with="tensorboard" if recipe.tensorboard else None, project_dir=out / "training"
+    )
+    run = _Run(data, config, out, recipe, accelerator, resume)
+    with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
+        run.train(display)
+    if accelerator.is_main_process:
+        publish(
+            run.best_state(), config, out, train=run.train_data, held_out=run.held_out, test=test,
+            name=name, license=license, training=run.summary(), device=accelerator.device,
+        )  # fmt: skip
+    accelerator.end_training()
+    return out
+
+
+def _check(data: ImageData, config: GlowConfig, test: ImageData | None, recipe: Recipe) -> None:
+    for part in (data, test):
+        if part is None:
+            continue
+        if tuple(part.images.shape[1:]) != config.shape:
+            raise ValueError(
+                f"{part.name} holds images of shape {tuple(part.images.shape[1:])}, but the flow "
+                f"is built for {config.shape}."
+            )
+        if config.num_classes is not None and part.labels is None:
+            raise ValueError(f"num_classes is set, but {part.name} has no labels.")
+        if int(part.images.max()) >= config.bins:
+            raise ValueError(
+                f"{part.name} holds grey level {int(part.images.max())}, but bins={config.bins}."
+            )
+
+
+class _Run:
+    """One training: the model, its average, the optimizer, and where it stands."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        config: GlowConfig,
+        out: Path,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        resume: bool,
+    ) -> None:
+        self.config, self.out, self.recipe, self.accelerator = config, out, recipe, accelerator
+        self.device = accelerator.device
+        self.train_data, self.held_out = data.split(recipe.held_out, recipe.seed)
+        self.progress = Progress()
+        self.state_file = out / "training" / "state.safetensors"
+        torch.manual_seed(recipe.seed)
+        model = build_glow(config).to(self.device)
+        if resume and self.state_file.is_file():
+            _mark_initialised(model)
+        else:
+            self._initialise(model)
+        self.average = AveragedModel(model, multi_avg_fn=_Warming(recipe.ema))
+        self.best = {k: v.clone() for k, v in self.average.module.state_dict().items()}
+        kinds = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+        self.optimizer: Any = kinds[recipe.optimizer](
+            model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        if resume and self.state_file.is_file():
+            self._load(model)
+        _set_compute_dtype(model, torch.bfloat16 if recipe.precision == "bf16" else None)
+        self.model = accelerator.prepare_model(model)
+        if recipe.tensorboard:
+            accelerator.init_trackers("flow")
+
+    def train(self, display: Display) -> None:
+        started = time.monotonic() - self.progress.seconds
+        for u, labels in self._batches():
+            self._clock(started)
+            done = self._done()
+            if done >= 1:
+                break
+            loss = self._step(u, labels, done)
+            self.progress.step += 1
+            display.update(self.progress, done, loss)
+            if self.progress.step % self.recipe.every == 0:
+                self._milestone(display, loss)
+        self._clock(started)
+        if self.progress.step % self.recipe.every or self.progress.step == 0:
+            self._milestone(display, None)
+
+    def best_state(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.best.items()}
+
+    def summary(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.recipe) | {
+            "steps": self.progress.step,
+            "best_step": self.progress.best_step,
+            "skipped_steps": self.progress.skipped,
+            "minutes_taken": round(self.progress.seconds / 60, 1),
+            "hardware": self._hardware(),
+        }
+
+    def _hardware(self) -> str:
+        if self.device.type == "cuda":
+            return f"{self.accelerator.num_processes} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.accelerator.num_processes} x CPU with {torch.get_num_threads()} threads"
+
+    def _initialise(self, model: nn.Module) -> None:
+        """ActNorm takes its scales from the first batch that it sees."""
+        first = self.train_data.take(torch.arange(min(self.recipe.init_images, self._count)))
+        generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
+        with torch.no_grad():
+            u = dequantize(first.images.to(self.device), self.config.bins, generator)
+            model(u, None if first.labels is None else first.labels.to(self.device))
+        model.to(self.device)  # normflows replaces a buffer by one on the CPU
+
+    @property
+    def _count(self) -> int:
+        return len(self.train_data.images)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Endless batches; a pure function of the seed and the step, so that a run can resume."""
+        recipe, world = self.recipe, self.accelerator.num_processes
+        size = min(recipe.batch_size, self._count)
+        per_epoch = self._count // size
+        images = self.train_data.images.to(self.device)
+        labels = self.train_data.labels
+        labels = labels.to(self.device) if labels is not None else None
+        while True:
+            epoch, position = divmod(self.progress.step, per_epoch)
+            shuffler = torch.Generator().manual_seed(hash((recipe.seed, epoch)) % 2**63)
+            order = torch.randperm(self._count, generator=shuffler)
+            for i in range(position, per_epoch):
+                index = order[i * size : (i + 1) * size][self.accelerator.process_index :: world]
+                batch, noise = images[index.to(self.device)], self._noise()
+                if recipe.flip:
+                    mirror = torch.rand(len(batch), generator=noise, device=self.device) < 0.5
+                    batch = torch.where(mirror[:, None, None, None], batch.flip(3), batch)
+                u = dequantize(batch, self.config.bins, noise)
+                yield u, None if labels is None else labels[index.to(self.device)]
+
+    def _noise(self) -> torch.Generator:
+        key = (self.recipe.seed, self.progress.step, self.accelerator.process_index)
+        return torch.Generator(self.device).manual_seed(hash(key) % 2**63)
+
+    def _clock(self, started: float) -> None:
+        seconds = torch.tensor(time.monotonic() - started, device=self.device)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            seconds = broadcast(seconds)
+        self.progress.seconds = float(seconds)
+
+    def _done(self) -> float:
+        """Share of the budget that is used up."""
+        shares = [0.0]
+        if self.recipe.minutes is not None:
+            shares.append(self.progress.seconds / (60 * self.recipe.minutes))
+        if self.recipe.epochs is not None:
+            size = min(self.recipe.batch_size, self._count)
+            total = max(1, round(self.recipe.epochs * (self._count // size)))
+            shares.append(self.progress.step / total)
+        return max(shares)
+
+    def _step(self, u: Tensor, labels: Tensor | None, done: float) -> Tensor:
+        recipe, parameters = self.recipe, list(self.model.parameters())
+        for group in self.optimizer.param_groups:
+            warm = min(1.0, (self.progress.step + 1) / max(1, recipe.warmup))
+            group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+        loss = bits_per_dim(self.model(u, labels).mean(), self.config)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        if bool(norm.isfinite()):
+            self.optimizer.step()
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        else:
+            self.progress.skipped += 1
+        return loss.detach()
+
+    def _milestone(self, display: Display, loss: Tensor | None) -> None:
+        progress = self.progress
+        progress.validated = evaluate(self.average.module, self.config, self.held_out)
+        if not progress.validated >= progress.best:
+            progress.best, progress.best_step = progress.validated, progress.step
+            self.best = {k: v.clone() for k, v in self.average.module.state_dict().items()}
+        values = {"held-out bits/dim": progress.validated}
+        if loss is not None:
+            values["bits/dim"] = float(loss)
+        self.accelerator.log(values, step=progress.step)
+        if self.accelerator.is_main_process:
+            self._save()
+            self._draw()
+        display.report(progress)
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self) -> None:
+        flow = freeze(self.config, self.average.module.state_dict(), device=self.device)
+        save_pictures(flow, self.held_out, self.out / "training")
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        groups = {
+            "model": model.state_dict(),
+            "average": self.average.state_dict(),
+            "best": self.best,
+            "optimizer": {
+                f"{i}.{key}": value
+                for i, slots in self.optimizer.state_dict()["state"].items()
+                for key, value in slots.items()
+            },
+        }
+        return {
+            f"{group}/{key}": value.detach().cpu().contiguous()
+            for group, values in groups.items()
+            for key, value in values.items()
+        }
+
+    def _save(self) -> None:
+        from safetensors.torch import save
+
+        state = {"progress": dataclasses.asdict(self.progress), "config": self.config.to_dict()}
+        tensors = self._tensors(self.accelerator.unwrap_model(self.model))
+        write_atomically(self.state_file, save(tensors, metadata={"state": json.dumps(state)}))
+
+    def _load(self, model: nn.Module) -> None:
+        from safetensors import safe_open
+
+        with safe_open(self.state_file, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if GlowConfig.from_dict(state["config"]) != self.config:
+            raise ValueError(
+                f"{self.state_file} belongs to another network; resume with its settings or "
+                "choose another output folder."
+            )
+
+        def group(name: str) -> dict[str, Tensor]:
+            return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
+
+        model.load_state_dict(group("model"))
+        self.average.load_state_dict(group("average"))
+        self.best = {k: v.to(self.device) for k, v in group("best").items()}
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in group("optimizer").items():
+            index, slot = key.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = value
+        known = self.optimizer.state_dict()
+        self.optimizer.load_state_dict(known | {"state": slots})
+        self.progress = Progress(**state["progress"])
+
+
+class _Warming:
+    """Exponential moving average whose decay grows from 0, so that the start is forgotten."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    @torch.no_grad()
+    def __call__(self, averages: Any, currents: Any, count: Any) -> None:
+        n = float(count)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(averages), list(currents), weight)
+
+
+def _mark_initialised(model: nn.Module) -> None:
+    for name, flag in model.named_buffers():
+        if name.endswith("data_dep_init_done"):
+            flag.fill_(1)
+
+
+def _set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    for module in model.modules():
+        if isinstance(module, ClampedNet):
+            module.compute_dtype = dtype

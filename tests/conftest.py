@@ -1,0 +1,72 @@
+"""Shared fixtures: real digits, real photographs, real CIFAR-10 where it is, trained flows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.real_data import cifar10, data_folder
+from ijsat_aug.flows.checkpoint import load_state
+from ijsat_aug.flows.data import load_images
+from ijsat_aug.flows.glow import GlowConfig, build_glow
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if data_folder() is None:
+        missing = pytest.mark.skip(reason="IJSAT_DATA does not name the real data sets")
+        for item in items:
+            if item.get_closest_marker("data"):
+                item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Tensor:
+    """Held-out real digits in [0, 1]."""
+    return load_images("digits", train=False).images.float() / 16
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Tensor:
+    """32-pixel pieces of the two real photographs that scikit-learn ships."""
+    from sklearn.datasets import load_sample_images
+
+    pieces = []
+    for photograph in load_sample_images().images:
+        image = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[:, :416, :640] / 255
+        small = torch.nn.functional.avg_pool2d(image, 4)
+        pieces.append(small.unfold(1, 32, 32).unfold(2, 32, 32).flatten(1, 2).transpose(0, 1))
+    return torch.cat(pieces)[:24].contiguous()
+
+
+@pytest.fixture(scope="session")
+def cifar_test() -> Tensor:
+    """The first real CIFAR-10 test images in [0, 1]."""
+    return cifar10(train=False)[0][:64] / 255
+
+
+def random_glow(config: GlowConfig, spread: float = 0.02, seed: int = 0) -> Any:
+    """A Glow with all weights away from their initial values."""
+    torch.manual_seed(seed)
+    model = build_glow(config)
+    labels = None if config.num_classes is None else torch.arange(16) % config.num_classes
+    with torch.no_grad():
+        model(torch.rand(16, *config.shape), labels)
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+def trained_glow(name: str) -> tuple[GlowConfig, Any]:
+    """The normflows model of a shipped checkpoint."""
+    config, state = load_state(name)
+    model = build_glow(config)
+    model.load_state_dict(state)
+    return config, model.requires_grad_(False)

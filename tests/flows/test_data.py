@@ -1,0 +1,158 @@
+"""Training images from folders, arrays, torchvision and scikit-learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijsat_aug.flows.data import load_images
+
+
+@pytest.fixture
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 8, 10, 3), dtype=np.uint8)
+
+
+def test_digits_have_a_training_and_a_test_part_without_overlap() -> None:
+    train, test = load_images("digits"), load_images("digits", train=False)
+    assert (len(train.images), len(test.images)) == (1500, 297)
+    assert train.bins == 17
+    assert int(train.images.max()) == 16
+    seen = {bytes(i.numpy()) for i in train.images}
+    assert not any(bytes(i.numpy()) in seen for i in test.images)
+
+
+def test_a_folder_with_classes(tmp_path: Path, pictures: np.ndarray) -> None:
+    for i, picture in enumerate(pictures):
+        folder = tmp_path / ("cat" if i % 2 else "dog")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    data = load_images(tmp_path)
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    order = [1, 3, 5, 0, 2, 4]
+    assert torch.equal(data.images, torch.from_numpy(pictures[order]).permute(0, 3, 1, 2))
+
+
+def test_a_folder_of_mixed_sizes_needs_a_size(tmp_path: Path, pictures: np.ndarray) -> None:
+    Image.fromarray(pictures[0]).save(tmp_path / "a.png")
+    Image.fromarray(pictures[1][:7]).save(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match="differ in size; give one with size="):
+        load_images(tmp_path)
+    data = load_images(tmp_path, size=6)
+    assert data.images.shape == (2, 3, 6, 6)
+    assert data.labels is None
+
+
+def test_grey_and_colour_pictures_mix(tmp_path: Path, pictures: np.ndarray) -> None:
+    Image.fromarray(pictures[0, :, :, 0]).save(tmp_path / "grey.png")
+    assert _channels(tmp_path, "grey.png") == 1
+    Image.fromarray(pictures[0]).save(tmp_path / "colour.png")
+    assert load_images(tmp_path).images.shape == (2, 3, 8, 10)
+
+
+def _channels(folder: Path, name: str) -> int:
+    Image.open(folder / name).save(folder / "again.png")
+    return load_images(folder).images.shape[1]
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+def test_arrays_of_every_layout(tmp_path: Path, pictures: np.ndarray, layout: str) -> None:
+    array = {
+        "NHWC": pictures,
+        "NCHW": pictures.transpose(0, 3, 1, 2),
+        "NHW": pictures[..., 0],
+    }[layout]
+    np.save(tmp_path / "x.npy", array)
+    images = load_images(tmp_path / "x.npy").images
+    assert images.is_contiguous()
+    expected = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    assert torch.equal(images, expected[:, :1] if layout == "NHW" else expected)
+
+
+def test_npz_with_labels(tmp_path: Path, pictures: np.ndarray) -> None:
+    np.savez(tmp_path / "x.npz", images=pictures, labels=np.arange(6, dtype=np.uint8))
+    data = load_images(tmp_path / "x.npz")
+    assert data.labels is not None
+    assert data.labels.tolist() == list(range(6))
+    np.savez(tmp_path / "y.npz", pictures)
+    assert load_images(tmp_path / "y.npz").labels is None
+
+
+def test_an_archive_of_objects_is_not_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_images(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.zeros((4, 8, 8), np.float32), TypeError, "save the images as uint8"),
+        (np.zeros((4, 8), np.uint8), ValueError, "expected"),
+        (np.zeros((4, 9, 8, 8), np.uint8), ValueError, "at most 4 channels"),
+        (np.zeros((1, 8, 8), np.uint8), ValueError, "needs at least 2"),
+    ],
+)
+def test_arrays_that_are_no_images(
+    tmp_path: Path, array: np.ndarray, error: type[Exception], message: str
+) -> None:
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(error, match=message):
+        load_images(tmp_path / "x.npy")
+
+
+def test_archives_that_do_not_fit(tmp_path: Path, pictures: np.ndarray) -> None:
+    np.savez(tmp_path / "x.npz", images=pictures, labels=np.arange(5))
+    with pytest.raises(ValueError, match="6 images but 5 labels"):
+        load_images(tmp_path / "x.npz")
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(ValueError, match="holds no array"):
+        load_images(tmp_path / "empty.npz")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_images(tmp_path / "none.npy")
+
+
+def test_sources_that_are_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a file or folder that exists"):
+        load_images("CIFAR11")
+    with pytest.raises(ValueError, match="say where torchvision's CIFAR10 lies"):
+        load_images("CIFAR10")
+    with pytest.raises(ValueError, match="holds no image"):
+        load_images(tmp_path)
+
+
+def test_a_torchvision_dataset(tmp_path: Path) -> None:
+    _write_fashion_mnist(tmp_path)
+    data = load_images("FashionMNIST", root=tmp_path)
+    test = load_images("FashionMNIST", root=tmp_path, train=False)
+    assert data.images.shape == (3, 1, 28, 28)
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 2]
+    assert len(test.images) == 2
+
+
+def _write_fashion_mnist(root: Path) -> None:
+    """torchvision's own raw layout (IDX files), with other pictures."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        pixels = bytes(range(256)) * (28 * 28 * count // 256 + 1)
+        header = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels[: count * 784])
+        header = b"\x00\x00\x08\x01" + count.to_bytes(4, "big")
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes(range(count)))
+
+
+def test_the_split_is_replayable_and_complete() -> None:
+    data = load_images("digits")
+    (a, b), (c, _) = data.split(0.1, seed=1), data.split(0.1, seed=1)
+    assert torch.equal(a.images, c.images)
+    assert (len(a.images), len(b.images)) == (1350, 150)
+    assert not torch.equal(a.images, data.split(0.1, seed=2)[0].images)
+    assert int(a.images.sum()) + int(b.images.sum()) == int(data.images.sum())

@@ -1,0 +1,260 @@
+"""Training: it learns, it resumes bit for bit, it survives, and it writes a finished checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijsat_aug import load_flow
+from ijsat_aug.flows.checkpoint import load_state
+from ijsat_aug.flows.data import ImageData, load_images
+from ijsat_aug.flows.glow import GlowConfig, build_glow
+from ijsat_aug.flows.publish import evaluate
+from ijsat_aug.flows.recipe import Recipe
+from ijsat_aug.flows.trainer import train_flow
+
+pytest.importorskip("accelerate")
+
+CONFIG = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=16, bins=17, logit=0.05)
+SHORT = Recipe(epochs=2, batch_size=128, lr=4e-3, warmup=5, every=10, held_out=0.1, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: ImageData) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "flow"
+    test = load_images("digits", train=False)
+    return train_flow(data, CONFIG, out, SHORT, test=test, name="tiny", license="CC0", quiet=True)
+
+
+def test_it_learns(trained: Path, data: ImageData) -> None:
+    metrics = load_flow(trained).info["metrics"]
+    model = build_glow(CONFIG)
+    model.load_state_dict(load_state(trained)[1])
+    untrained = build_glow(CONFIG)
+    untrained(data.images[:512].float() / 17 + 0.5 / 17)
+    test = load_images("digits", train=False)
+    assert metrics["bits_per_dim"]["test"] < evaluate(untrained, CONFIG, test) - 0.3
+    assert math.isclose(
+        metrics["bits_per_dim"]["test"], evaluate(model, CONFIG, test), abs_tol=2e-4
+    )
+
+
+def test_the_checkpoint_is_finished(trained: Path) -> None:
+    info = load_flow(trained).info
+    assert (info["name"], info["license"], info["data"]) == ("tiny", "CC0", "digits")
+    assert info["metrics"]["images"] == {"train": 1350, "held_out": 150, "test": 297}
+    assert max(info["metrics"]["round_trip"].values()) <= 1e-5
+    assert info["calibration"]["recommended"]["linf"] > 0
+    assert info["training"]["steps"] == 20
+    assert info["training"]["seed"] == 0
+    assert "# Flow `tiny`" in (trained / "README.md").read_text()
+    assert not list(trained.parent.glob(".*"))
+
+
+def test_pictures_show_samples_and_reconstructions(trained: Path) -> None:
+    for folder in (trained, trained / "training"):
+        for name in ("samples.png", "reconstructions.png"):
+            picture = np.asarray(Image.open(folder / name))
+            assert picture.std() > 10, f"{name} is empty"
+    rows = np.asarray(Image.open(trained / "reconstructions.png").convert("L")).astype(int)
+    real, decoded = rows[2:66], rows[68:132]  # 64 pixels each, 2 pixels of frame
+    assert np.abs(real - decoded).max() <= 1
+
+
+def test_it_resumes_bit_for_bit(trained: Path, tmp_path: Path, data: ImageData) -> None:
+    """Stopped after one of two epochs, the second half gives the very same weights."""
+
+    class Stop(Exception):
+        pass
+
+    out = tmp_path / "flow"
+    from ijsat_aug.flows import trainer
+
+    original = trainer._Run._milestone
+
+    def stop_at_ten(run: trainer._Run, *args: object) -> None:
+        original(run, *args)  # type: ignore[arg-type]
+        if run.progress.step == 10:
+            raise Stop
+
+    trainer._Run._milestone = stop_at_ten  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(Stop):
+            train_flow(data, CONFIG, out, SHORT, quiet=True)
+    finally:
+        trainer._Run._milestone = original  # type: ignore[method-assign]
+    assert not (out / "config.json").exists()
+    train_flow(data, CONFIG, out, SHORT, resume=True, quiet=True)
+    (_, resumed), (_, straight) = load_state(out), load_state(trained)
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+    assert load_flow(out).info["training"]["steps"] == 20
+
+
+def test_resuming_another_network_is_refused(trained: Path, data: ImageData) -> None:
+    other = dataclasses.replace(CONFIG, hidden=8)
+    with pytest.raises(ValueError, match="belongs to another network"):
+        train_flow(data, other, trained, SHORT, resume=True, quiet=True)
+
+
+def test_a_killed_training_leaves_a_state_that_resumes(tmp_path: Path) -> None:
+    """SIGKILL in the middle, from the command line, as a user's machine would do it."""
+    out = tmp_path / "flow"
+    command = [
+        sys.executable, "-m", "ijsat_aug", "train-flow", "digits", str(out), "--levels", "2",
+        "--steps", "2", "--hidden", "16", "--every", "5", "--quiet",
+    ]  # fmt: skip
+    process = subprocess.Popen([*command, "--minutes", "5"])
+    state = out / "training" / "state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert state.exists()
+    assert not (out / "config.json").exists()
+    done = subprocess.run(
+        [*command, "--minutes", "0.02", "--resume"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_flow(out).info["training"]["steps"] >= 5
+
+
+def test_a_time_budget_ends_the_training(tmp_path: Path, data: ImageData) -> None:
+    recipe = dataclasses.replace(SHORT, epochs=None, minutes=0.03, every=1000)
+    begin = time.monotonic()
+    out = train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    info = load_flow(out).info["training"]
+    assert info["steps"] >= 1
+    assert info["minutes_taken"] < 0.2
+    assert time.monotonic() - begin < 60
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    data = load_images("digits")
+    from ijsat_aug.flows import trainer
+
+    original = trainer.dequantize
+    calls = iter(range(10**6))
+
+    def poisoned(levels: torch.Tensor, *args: object) -> torch.Tensor:
+        u = original(levels, *args)  # type: ignore[arg-type]
+        return u * torch.nan if next(calls) == 4 else u
+
+    trainer.dequantize = poisoned  # type: ignore[assignment]
+    try:
+        out = train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
+    finally:
+        trainer.dequantize = original
+    info = load_flow(out).info
+    assert info["training"]["skipped_steps"] == 1
+    assert math.isfinite(info["metrics"]["bits_per_dim"]["held_out"])
+
+
+def test_a_class_conditional_flow_trains_on_labels(tmp_path: Path, data: ImageData) -> None:
+    config = dataclasses.replace(CONFIG, num_classes=10)
+    out = train_flow(data, config, tmp_path / "flow", SHORT, quiet=True)
+    flow = load_flow(out)
+    x = data.images[:4].float() / 16
+    assert (flow.decode(flow.encode(x)) - x).abs().max() < 1e-5
+
+
+def test_every_option_of_the_recipe_runs(tmp_path: Path, data: ImageData) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = Recipe(
+        epochs=0.5, minutes=5, batch_size=64, optimizer="adamw", weight_decay=0.1, flip=True,
+        precision="bf16", every=3, tensorboard=True, init_images=32,
+    )  # fmt: skip
+    out = train_flow(data, CONFIG, tmp_path / "flow", recipe)
+    assert list((out / "training").rglob("events.out.tfevents*"))
+    assert load_flow(out).info["training"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": None}, "say how long to train"),
+        ({"epochs": -1}, "epochs must be greater than 0"),
+        ({"minutes": 0}, "minutes must be greater than 0"),
+        ({"lr": float("nan")}, "lr must be greater than 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"optimizer": "sgd"}, "optimizer must be"),
+        ({"precision": "fp16"}, "precision must be"),
+        ({"held_out": 0.0}, "held_out must lie in"),
+        ({"ema": 1.0}, "ema must lie in"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHORT, **change)
+
+
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, data: ImageData
+) -> None:
+    out = tmp_path / "flow"
+    wrong = {
+        "built for": dataclasses.replace(CONFIG, shape=(3, 8, 8)),
+        "grey level 16, but bins=16": dataclasses.replace(CONFIG, bins=16),
+    }
+    for message, config in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            train_flow(data, config, out, SHORT)
+    unlabelled = dataclasses.replace(data, labels=None)
+    with pytest.raises(ValueError, match="has no labels"):
+        train_flow(unlabelled, dataclasses.replace(CONFIG, num_classes=10), out, SHORT)
+    assert not out.exists()
+
+
+@pytest.mark.distributed
+def test_two_processes_train_one_flow(tmp_path: Path) -> None:
+    """`torchrun` with two gloo processes: same weights everywhere, one checkpoint."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import hashlib, sys, torch\n"
+        "from ijsat_aug.flows import GlowConfig, Recipe, load_images, train_flow\n"
+        "from ijsat_aug.flows import trainer\n"
+        "torch.set_num_threads(1)\n"
+        "config = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17)\n"
+        "recipe = Recipe(epochs=2, minutes=5, batch_size=128, every=10, held_out=0.1)\n"
+        "runs = []\n"
+        "init = trainer._Run.__init__\n"
+        "def spy(self, *a):\n"
+        "    init(self, *a)\n"
+        "    runs.append(self)\n"
+        "trainer._Run.__init__ = spy\n"
+        "train_flow(load_images('digits'), config, sys.argv[1], recipe, quiet=True)\n"
+        "state = runs[0].accelerator.unwrap_model(runs[0].model).state_dict()\n"
+        "digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values()))\n"
+        "rank, world = runs[0].accelerator.process_index, runs[0].accelerator.num_processes\n"
+        "print('RANK', rank, world, runs[0].progress.step, digest.hexdigest(), flush=True)\n"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(script), str(tmp_path / "flow"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = sorted(line.split()[1:] for line in done.stdout.splitlines() if "RANK" in line)
+    assert [r[:3] for r in ranks] == [["0", "2", "20"], ["1", "2", "20"]]
+    assert ranks[0][3] == ranks[1][3]
+    config = json.loads((tmp_path / "flow" / "config.json").read_text())
+    assert config["training"]["hardware"].startswith("2 x CPU")
