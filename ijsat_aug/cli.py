@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,9 +43,12 @@ def _plain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (CheckpointError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (CheckpointError, ValueError, TypeError, OSError, ImportError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.secho("Stopped.", fg="yellow", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -105,12 +109,14 @@ def train_flow(
     minutes: Annotated[float | None, typer.Option(help="Time budget.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     test: Annotated[
         str | None, typer.Option(help="Test images, measured once at the end; like DATA.")
     ] = None,
     root: Annotated[Path | None, typer.Option(help="Where torchvision data lie.")] = None,
     size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
     name: Annotated[str | None, typer.Option(help="Name for the card.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="What the card calls the data.")] = None,
     license: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
     levels: Annotated[int, typer.Option(help="Scales of the flow.")] = 3,
     steps: Annotated[int, typer.Option(help="Glow blocks per level.")] = 16,
@@ -152,6 +158,7 @@ def train_flow(
             seed=seed, tensorboard=tensorboard,
         )  # fmt: skip
         images = load_images(data, size=size, root=root)
+        images = replace(images, name=data_name or images.name)
         test_images = load_images(test, size=size, root=root, train=False) if test else None
         config = GlowConfig(
             shape=_shape(images.images), levels=levels, steps=steps, hidden=hidden,
@@ -159,8 +166,8 @@ def train_flow(
             num_classes=_classes(images.labels) if class_conditional else None,
         )  # fmt: skip
         train(
-            images, config, out, recipe, test=test_images, resume=resume, name=name,
-            license=license, quiet=quiet,
+            images, config, out, recipe, test=test_images, resume=resume, overwrite=overwrite,
+            name=name, license=license, quiet=quiet,
         )  # fmt: skip
     typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({str(out)!r}).")
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flows.calibration import probe_network
 from .flows.checkpoint import load_flow
 from .flows.data import load_images
 from .flows.frozen import FrozenGlow
+from .flows.probe import probe_network
 
 __all__ = ["run"]
 
@@ -108,7 +108,7 @@ def _draw(flow: FrozenGlow, network: Any, x: Tensor, y: Tensor, path: Path) -> N
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         guesses = network(images).argmax(1)
         for axis, image, guess, label in zip(row, images, guesses, y, strict=True):
-            axis.imshow(image[0].clamp(0, 1), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(image[0].clamp(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             wrong = title.startswith(("latent", "pixel")) and guess != label
             axis.set_title(str(int(guess)), fontsize=8, pad=2, color="red" if wrong else "black")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Block", "Conv", "Kept", "block_vjp", "decode_block", "encode_block"]
+__all__ = ["Block", "Conv", "Kept", "Mix", "block_vjp", "decode_block", "encode_block"]
 
 
 class Conv(NamedTuple):
@@ -37,11 +37,38 @@ class Conv(NamedTuple):
         return F.conv2d(g, self.transposed, padding=self.weight.shape[-1] // 2)
 
 
+class Mix(NamedTuple):
+    """ActNorm and 1x1 convolution as one matrix over channels, applied in float64.
+
+    The state runs through one such product per block; their float32 rounding alone would cost a
+    round trip 2e-5 on images of noise. In float64 they take 1 % of the time of a decode.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+    jacobian: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The product, pixel by pixel."""
+        flat = h.permute(0, 2, 3, 1).flatten(0, 2).to(self.matrix.dtype)
+        mixed = torch.addmm(self.bias, flat, self.matrix).to(h.dtype)
+        return _pixels(mixed, h)
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Its vector-Jacobian product, in the precision of ``g``."""
+        return _pixels(g.permute(0, 2, 3, 1).flatten(0, 2) @ self.jacobian, g)
+
+
+def _pixels(flat: Tensor, like: Tensor) -> Tensor:
+    count, _, height, width = like.shape
+    return flat.view(count, height, width, flat.shape[1]).permute(0, 3, 1, 2)
+
+
 class Block(NamedTuple):
     """One Glow block with ActNorm folded into the 1x1 convolution."""
 
-    encode: Conv
-    decode: Conv
+    encode: Mix
+    decode: Mix
     net: tuple[Conv, Conv, Conv]
     clamp: float
 

@@ -24,8 +24,8 @@ def render(card: Mapping[str, Any]) -> str:
         f"{net['hidden']}, {card['weights']['bytes'] / 1e6:.1f} MB.",
         "```python\nfrom ijsat_aug import load_flow\n\n"
         f'flow = load_flow("{card["name"]}")  # or the path of this folder\n'
-        "z = flow.encode(x)                # exact, standardised latents (B, D)\n"
-        "x = flow.decode(z)                # differentiable once\n```",
+        "z = flow.encode(x)  # exact, standardised latents (B, D)\n"
+        "x = flow.decode(z)  # differentiable once\n```",
         f"* Data: {card['data']}\n* Licence of the weights: {card['license']}\n"
         f"* sha256 of `model.safetensors`: `{card['weights']['sha256']}`",
     ]
@@ -34,7 +34,9 @@ def render(card: Mapping[str, Any]) -> str:
     if card["calibration"]:
         sections += ["## How far eta moves a picture", *_calibration(card["calibration"])]
     if card["training"]:
-        lines = [f"* {k.replace('_', ' ')}: {v}" for k, v in card["training"].items()]
+        lines = [
+            f"* {k.replace('_', ' ')}: {v}" for k, v in card["training"].items() if v is not None
+        ]
         sections += ["## Training", "\n".join(lines)]
     return "\n\n".join(sections) + "\n"
 
@@ -56,12 +58,13 @@ def _calibration(table: Mapping[str, Any]) -> list[str]:
         f"Measured on {table['images']} images: medians of |G(z + λ) − x| over the images, in "
         "units of 1/255. "
         "`random`: a random corner (L-inf) or point of the sphere (L2); `gradient`: one step along "
-        "the loss gradient of a small network; `worst`: ascent of the displacement itself."
+        "the loss gradient of a small network; `worst`: ascent of the displacement itself. "
+        "`outside`: pixels beyond [0, 1] by more than half a grey level."
     ]
     for norm, title in (("linf", "L-inf"), ("l2", "L2")):
         rows = [
             f"| η ({title}) | random: max / RMS | gradient: max / RMS | worst: max / RMS | "
-            "outside [0, 1], worst | not finite, worst |",
+            "outside, worst | not finite, worst |",
             "|---|---|---|---|---|---|",
         ]
         for row in table[norm]:

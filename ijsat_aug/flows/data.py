@@ -82,7 +82,9 @@ def _digits(train: bool) -> ImageData:
         raise ImportError('"digits" needs scikit-learn: pip install "ijsat-aug[demo]".') from error
     digits = load_digits()
     images = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
-    everything = ImageData(images, torch.from_numpy(digits.target).long(), 17, "digits")
+    everything = ImageData(
+        images, torch.from_numpy(digits.target).long(), 17, "scikit-learn's digits"
+    )
     training, test = everything.split(297 / 1797)
     return training if train else test
 

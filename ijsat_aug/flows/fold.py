@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Block, Conv
+from .blocks import Block, Conv, Mix
 from .frozen import FrozenGlow, Memory
 from .glow import GlowConfig
 
@@ -90,9 +90,8 @@ def _fold(weights: _Weights, prefix: str, config: GlowConfig, channels: int) -> 
     scale, shift = log_scale.flatten().exp(), shift.flatten()
     matrix = _lu_matrix(weights, conv, c)
     inverse = torch.linalg.inv(matrix)
-    decode = _conv((scale[:, None] * inverse)[..., None, None], shift)
-    encode_matrix = matrix / scale
-    encode = _conv(encode_matrix[..., None, None], -encode_matrix @ shift)
+    decode = _mix(scale[:, None] * inverse, shift)
+    encode = _mix(matrix / scale, -(matrix / scale) @ shift)
     return Block(encode, decode, _fold_net(weights, net, config, c), config.clamp)
 
 
@@ -128,6 +127,10 @@ def _fold_net(
 
 def _conv(weight: Tensor, bias: Tensor) -> Conv:
     return Conv(weight, bias, weight.transpose(0, 1).flip(2, 3))
+
+
+def _mix(matrix: Tensor, bias: Tensor) -> Mix:
+    return Mix(matrix.t(), bias, matrix)
 
 
 def _base_moments(weights: _Weights, config: GlowConfig) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import Block, Conv, Kept, block_vjp, decode_block, encode_block
+from .blocks import Block, Conv, Kept, Mix, block_vjp, decode_block, encode_block
 from .glow import GlowConfig, from_unit, to_unit
 
 __all__ = ["FrozenGlow", "Memory", "Tape"]
@@ -194,8 +194,7 @@ class FrozenGlow:
 
         Args:
             device: Where the weights shall lie.
-            dtype: Precision of the state. float64 is for tests: the folded weights of a flow that
-                was frozen in float32 keep float32's accuracy.
+            dtype: Precision of the state; float64 is for tests.
             compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
             memory: ``"tape"`` keeps what the gradient of ``decode`` needs; ``"low"`` keeps the
                 image alone and inverts the flow block by block on the way back.
@@ -281,7 +280,7 @@ class FrozenGlow:
                 h = torch.cat((h, parts[i]), dim=1)
             for block in level:
                 h = decode_block(block, h, kept)
-            h = F.pixel_shuffle(h, 2)
+            h = _shuffle(h)
         return self._from_domain(h)
 
     def _decode_vjp_from_image(self, x: Tensor, g: Tensor) -> Tensor:
@@ -357,13 +356,27 @@ class _Decode(torch.autograd.Function):
             return flow.vjp(ctx.tape, g), None
 
 
-def _exactly(tensor: Tensor) -> torch.autocast:
+def _exactly(tensor: Tensor) -> AbstractContextManager[object]:
     """No autocast: rounding the state of the flow to bfloat16 would move pixels by 4/255."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _unshuffle(h: Tensor) -> Tensor:
-    return F.pixel_unshuffle(h, 2).contiguous(memory_format=torch.channels_last)
+    """Squeeze 2x2 pixels into channels: one copy, and channels stay last."""
+    count, channels, height, width = h.shape
+    tiles = h.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
+    flat = tiles.permute(0, 1, 3, 5, 2, 4).reshape(count, height // 2, width // 2, 4 * channels)
+    return flat.permute(0, 3, 1, 2)
+
+
+def _shuffle(h: Tensor) -> Tensor:
+    """The inverse of :func:`_unshuffle`."""
+    count, channels, height, width = h.shape
+    tiles = h.permute(0, 2, 3, 1).reshape(count, height, width, channels // 4, 2, 2)
+    flat = tiles.permute(0, 1, 4, 2, 5, 3).reshape(count, 2 * height, 2 * width, channels // 4)
+    return flat.permute(0, 3, 1, 2)
 
 
 def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:
@@ -377,17 +390,19 @@ def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:
 
 
 def _move(block: Block, target: Tensor, low: torch.dtype) -> Block:
-    def convert(conv: Conv, dtype: torch.dtype) -> Conv:
-        weight, bias, transposed = (t.to(target.device, dtype) for t in conv)
+    exact = torch.float32 if target.device.type == "mps" else torch.float64
+
+    def mix(m: Mix) -> Mix:
+        matrix, bias = (t.to(target.device, exact) for t in m[:2])
+        return Mix(matrix.contiguous(), bias, m.jacobian.to(target).contiguous())
+
+    def conv(c: Conv) -> Conv:
+        weight, bias, transposed = (t.to(target.device, low) for t in c)
         last = torch.channels_last
         return Conv(
             weight.contiguous(memory_format=last), bias, transposed.contiguous(memory_format=last)
         )
 
     one, two, three = block.net
-    return Block(
-        convert(block.encode, target.dtype),
-        convert(block.decode, target.dtype),
-        (convert(one, low), convert(two, low), convert(three, low)),
-        block.clamp,
-    )
+    net = (conv(one), conv(two), conv(three))
+    return Block(mix(block.encode), mix(block.decode), net, block.clamp)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import calibrate, probe_network, round_trip
+from .calibration import calibrate, round_trip
 from .checkpoint import save_flow
 from .data import ImageData
 from .fold import freeze
 from .frozen import FrozenGlow
 from .glow import GlowConfig, bits_per_dim, build_glow, dequantize
+from .probe import probe_network
 
 __all__ = ["evaluate", "publish", "save_pictures"]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["train_flow"]
 
+_STATE = Path("training", "state.safetensors")
+
 
 def train_flow(
     data: ImageData,
@@ -36,6 +39,7 @@ def train_flow(
     *,
     test: ImageData | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     name: str | None = None,
     license: str = "unspecified",
     quiet: bool = False,
@@ -51,6 +55,7 @@ def train_flow(
         recipe: How long and how.
         test: Images of a test split, measured once, at the end.
         resume: Go on from ``out/training`` when an interrupted training is there.
+        overwrite: Start anew even so, and replace what is there.
         name: Of the flow, for its card; the folder's name by default.
         license: Of the weights, for the card.
         quiet: No progress bar.
@@ -65,16 +70,19 @@ def train_flow(
         ...     sorted(p.name for p in path.iterdir() if p.suffix)
         ['README.md', 'config.json', 'model.safetensors']
     """
-    _check(data, config, test, recipe)
+    out = Path(out)
+    _check(data, config, test)
+    _check_place(out, resume, overwrite)
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError(
             'training a flow needs accelerate: pip install "ijsat-aug[train]".'
         ) from error
-    out = Path(out)
     accelerator = Accelerator(
-        log_with="tensorboard" if recipe.tensorboard else None, project_dir=out / "training"
+        mixed_precision="no",  # autocast over a whole flow ruins it; see Recipe.precision
+        log_with="tensorboard" if recipe.tensorboard else None,
+        project_dir=out / "training",
     )
     run = _Run(data, config, out, recipe, accelerator, resume)
     with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
@@ -88,7 +96,18 @@ def train_flow(
     return out
 
 
-def _check(data: ImageData, config: GlowConfig, test: ImageData | None, recipe: Recipe) -> None:
+def _check_place(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume or overwrite:
+        return
+    for file in (out / _STATE, out / "model.safetensors"):
+        if file.exists():
+            raise FileExistsError(
+                f"{out} already holds a training; go on with resume (--resume), start anew with "
+                "overwrite (--overwrite), or choose another folder."
+            )
+
+
+def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
     for part in (data, test):
         if part is None:
             continue
@@ -121,7 +140,7 @@ class _Run:
         self.device = accelerator.device
         self.train_data, self.held_out = data.split(recipe.held_out, recipe.seed)
         self.progress = Progress()
-        self.state_file = out / "training" / "state.safetensors"
+        self.state_file = out / _STATE
         torch.manual_seed(recipe.seed)
         model = build_glow(config).to(self.device)
         if resume and self.state_file.is_file():
@@ -197,7 +216,7 @@ class _Run:
         labels = labels.to(self.device) if labels is not None else None
         while True:
             epoch, position = divmod(self.progress.step, per_epoch)
-            shuffler = torch.Generator().manual_seed(hash((recipe.seed, epoch)) % 2**63)
+            shuffler = _generator("cpu", recipe.seed, epoch)
             order = torch.randperm(self._count, generator=shuffler)
             for i in range(position, per_epoch):
                 index = order[i * size : (i + 1) * size][self.accelerator.process_index :: world]
@@ -209,8 +228,8 @@ class _Run:
                 yield u, None if labels is None else labels[index.to(self.device)]
 
     def _noise(self) -> torch.Generator:
-        key = (self.recipe.seed, self.progress.step, self.accelerator.process_index)
-        return torch.Generator(self.device).manual_seed(hash(key) % 2**63)
+        rank = self.accelerator.process_index
+        return _generator(self.device, self.recipe.seed, self.progress.step, rank)
 
     def _clock(self, started: float) -> None:
         seconds = torch.tensor(time.monotonic() - started, device=self.device)
@@ -316,6 +335,12 @@ class _Run:
         known = self.optimizer.state_dict()
         self.optimizer.load_state_dict(known | {"state": slots})
         self.progress = Progress(**state["progress"])
+
+
+def _generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator that a seed and a place in the training fix."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
 
 
 class _Warming:

@@ -1,0 +1,85 @@
+"""Write the README's tables from benchmarks/results/*.json, so that it quotes nothing else.
+
+Run:  python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def flows_table() -> str:
+    """Name, images, size, bits/dim and data of every shipped flow."""
+    lines = ["| name | images | size | bits/dim (test) | data |", "|---|---|---|---|---|"]
+    for name, flow in load("flows")["flows"].items():
+        lines.append(
+            f"| `{name}` | {flow['images']} | {flow['megabytes']} MB | "
+            f"{flow['bits_per_dim']:.2f} | {flow['data']} |"
+        )
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Time and memory ratios of the frozen decoder."""
+    result = load("speed-flow-cpu")
+    settings = list(result["results"])
+    rows = {
+        "decode + gradient, float32": ("decode+vjp, float32", "float32"),
+        "decode + gradient, bf16 networks": ("decode+vjp, bf16 nets", "bf16 nets"),
+        'decode + gradient, `memory="low"`': ("decode+vjp, low memory", "low memory"),
+        "encode + gradient at z (no decode), float32": ("encode+vjp, float32", None),
+        "encode + gradient at z, bf16 networks": ("encode+vjp, bf16 nets", None),
+    }
+    titles = [f"time, {'1 thread' if s == '1 threads' else s}" for s in settings]
+    against = [f"/ ResNet-18, {'1 thread' if s == '1 threads' else s}" for s in settings]
+    lines = [
+        f"| | {' | '.join(titles)} | memory kept | {' | '.join(against)} |",
+        "|---" * (2 + 2 * len(settings)) + "|",
+    ]
+    for title, (run, kept) in rows.items():
+        found = [result["results"][s]["ratios"] for s in settings]
+        times = [f"{r[f'{run} / normflows']['median']:.2f}" for r in found]
+        classifier = [f"{r[f'{run} / resnet18']['median']:.2f}" for r in found]
+        memory = "–"
+        if kept is not None:
+            share = result["results"][settings[0]]["memory_ratios"]
+            memory = f"{share[f'memory, {kept} / normflows']:.3f}"
+        lines.append(f"| {title} | {' | '.join([*times, memory, *classifier])} |")
+    lines.append("")
+    lines.append(
+        f"{result['hardware']}, torch {result['torch']}, {result['date']}. The last columns are "
+        "shares of a CIFAR ResNet-18's float32 forward + backward to the image."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"flows": flows_table, "speed": speed_table}
+
+
+def render(text: str) -> str:
+    """The README with every table between its markers renewed."""
+    for name, table in TABLES.items():
+        pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)"
+        places = re.findall(pattern, text, flags=re.S)
+        if len(places) != 1:
+            raise SystemExit(f"README.md has {len(places)} places for the table {name!r}.")
+        before, after = re.split(pattern, text, flags=re.S)
+        text = f"{before}{table()}\n{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
