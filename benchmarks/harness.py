@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -19,18 +20,24 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def warm_allocator() -> None:
-    """Let glibc keep freed memory (its mmap threshold follows the largest block freed).
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it to the system after every step.
 
-    Otherwise every large activation is returned to the system and faulted in again, which costs
-    all contenders up to 40 %. Process-wide, so a benchmark may do it and a library may not.
+    Otherwise each large activation is faulted in again, which costs all contenders up to 40 %, and
+    whoever runs after the largest one most. A benchmark may set this for its process; a library
+    may not.
     """
-    del_me = torch.empty(7_900_000)
-    del del_me
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_threshold, 2**30)
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 8
 ) -> dict[str, list[float]]:
     """Seconds of each round of each contender; the order is reversed every other round."""
     names = list(contenders)

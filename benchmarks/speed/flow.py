@@ -1,9 +1,10 @@
 """What the frozen decoder saves: time and memory against normflows' own decode + autograd.
 
-Run:  python benchmarks/speed/flow.py            (a minute and a half on two cores)
+Run:  python benchmarks/speed/flow.py            (three minutes on two cores)
 
-One process, contenders interleaved, medians over rounds with quartiles, one thread and two; on a
-GPU with CUDA events, eager and under CUDA graphs. Every ratio is a share of normflows' time or
+One process, contenders interleaved, medians over rounds with quartiles, one thread and two, first
+with glibc's usual allocator and then with one that keeps freed memory (see harness.keep_memory);
+on a GPU with CUDA events, eager and under CUDA graphs. Every ratio is a share of normflows' time or
 memory for the same gradient, or of a CIFAR ResNet-18's forward + backward to the image.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, median_ms, ratio, record, warm_allocator
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug.flows.fold import freeze
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -166,6 +168,21 @@ def measure(batch: int, rounds: int) -> dict[str, Any]:
     return result
 
 
+def settings(threads: list[int]) -> dict[str, Callable[[], object]]:
+    """How to get into every setting, in order: an allocator that keeps memory cannot go back."""
+    if torch.cuda.is_available():
+        return {"gpu": lambda: None}
+    names = {n: "1 thread" if n == 1 else f"{n} threads" for n in threads}
+    usual = {f"{names[n]}": partial(torch.set_num_threads, n) for n in threads}
+    kept = {f"{names[n]}, memory kept": partial(_keep, n) for n in threads}
+    return {**usual, **kept}
+
+
+def _keep(threads: int) -> None:
+    keep_memory()
+    torch.set_num_threads(threads)
+
+
 def report(result: dict[str, Any]) -> None:
     """Print every ratio with its target."""
     flat = {k: (v["median"], f"[{v['q1']:.2f}-{v['q3']:.2f}]") for k, v in result["ratios"].items()}
@@ -183,12 +200,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    warm_allocator()
     results = {}
-    for threads in [0] if torch.cuda.is_available() else options.threads:
-        if threads:
-            torch.set_num_threads(threads)
-        name = f"{threads} threads" if threads else "gpu"
+    for name, prepare in settings(options.threads).items():
+        prepare()
         results[name] = measure(options.batch, options.rounds)
         print(f"{name}, batch {options.batch}, ms: {results[name]['ms']}")
         report(results[name])

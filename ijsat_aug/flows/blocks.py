@@ -21,6 +21,12 @@ from torch import Tensor
 __all__ = ["Block", "Conv", "Kept", "Mix", "block_vjp", "decode_block", "encode_block"]
 
 
+_BITS = {
+    torch.float64: torch.int64, torch.float32: torch.int32,
+    torch.bfloat16: torch.int16, torch.float16: torch.int16,
+}  # fmt: skip
+
+
 class Conv(NamedTuple):
     """A 'same' convolution, and the kernel of its vector-Jacobian product."""
 
@@ -92,12 +98,18 @@ def _coupling(block: Block, a: Tensor, gates: bool) -> tuple[Tensor, Tensor, Any
 
 
 def _gate(relu: Tensor) -> Tensor:
-    """Where a ReLU is open, as bytes of 0 and 1.
-
-    On a CPU, `relu > 0` takes six times as long as this cast, and reading a gate back as bool
-    instead of uint8 another six times.
-    """
+    """Where a ReLU is open, as bytes of 0 and 1; on a CPU six times as fast as `relu > 0`."""
     return relu.bool().view(torch.uint8)
+
+
+def _shut(g: Tensor, gate: Tensor) -> Tensor:
+    """Zero ``g`` in place where the gate is shut.
+
+    Its bits times 0 or 1: a third of the time of turning the gate into floats first, and like
+    autograd's own it stops what is not finite.
+    """
+    g.view(_BITS[g.dtype]).mul_(gate)
+    return g
 
 
 def decode_block(block: Block, h: Tensor, kept: list[Kept] | None) -> Tensor:
@@ -135,9 +147,8 @@ def block_vjp(block: Block, kept: Kept, g: Tensor) -> Tensor:
     first, second, third = block.net
     one, two = kept.gates
     g_net = torch.cat((g_b, g_b * kept.slope), dim=1).to(third.weight.dtype)
-    g_net = third.vjp(g_net)
-    g_net = second.vjp(g_net.mul_(two.to(g_net.dtype)))
-    g_net.mul_(one.to(g_net.dtype))
+    g_net = _shut(third.vjp(g_net), two)
+    g_net = _shut(second.vjp(g_net), one)
     g_a += first.vjp(g_net).to(g.dtype)
     g_b *= kept.scale
     return g

@@ -390,7 +390,9 @@ def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:
 
 
 def _move(block: Block, target: Tensor, low: torch.dtype) -> Block:
-    exact = torch.float32 if target.device.type == "mps" else torch.float64
+    # Beside bfloat16 networks exact products are useless, and Apple's GPUs have no float64.
+    plain = low != target.dtype or target.device.type == "mps"
+    exact = target.dtype if plain else torch.float64
 
     def mix(m: Mix) -> Mix:
         matrix, bias = (t.to(target.device, exact) for t in m[:2])
