@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .flows.frozen import FrozenGlow
     from .flows.glow import GlowConfig
     from .flows.recipe import Recipe
-    from .flows.registry import CheckpointError
+    from .flows.registry import CheckpointError, list_flows
     from .flows.trainer import train_flow
 
 __version__ = "0.1.0.dev0"
@@ -22,6 +22,7 @@ _HOMES = {
     "FrozenGlow": "flows.frozen",
     "GlowConfig": "flows.glow",
     "Recipe": "flows.recipe",
+    "list_flows": "flows.registry",
     "load_flow": "flows.checkpoint",
     "save_flow": "flows.checkpoint",
     "train_flow": "flows.trainer",
@@ -33,6 +34,7 @@ __all__ = [
     "GlowConfig",
     "Recipe",
     "flows",
+    "list_flows",
     "load_flow",
     "save_flow",
     "train_flow",

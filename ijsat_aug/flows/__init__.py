@@ -8,7 +8,7 @@ from .frozen import FrozenGlow, Tape
 from .glow import GlowConfig, build_glow
 from .manifold import Manifold
 from .recipe import Recipe
-from .registry import CheckpointError, names
+from .registry import CheckpointError, list_flows
 from .trainer import train_flow
 
 __all__ = [
@@ -23,11 +23,11 @@ __all__ = [
     "calibrate",
     "convert_checkpoint",
     "freeze",
+    "list_flows",
     "load_flow",
     "load_images",
     "load_state",
     "matching_eta",
-    "names",
     "round_trip",
     "save_flow",
     "train_flow",

@@ -14,7 +14,7 @@ from typing import Any
 
 from .files import write_atomically
 
-__all__ = ["CheckpointError", "cache_home", "locate", "names"]
+__all__ = ["CheckpointError", "cache_home", "list_flows", "locate"]
 
 _FILES = ("config.json", "README.md", "model.safetensors")
 
@@ -40,11 +40,11 @@ def cache_home() -> Path:
     return Path(platformdirs.user_cache_dir("ijsat_aug", appauthor=False))
 
 
-def names() -> list[str]:
+def list_flows() -> list[str]:
     """Names that :func:`ijsat_aug.load_flow` knows.
 
     Example:
-        >>> "digits" in names()
+        >>> "digits" in list_flows()
         True
     """
     return sorted(_registry())
@@ -60,11 +60,11 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
         return path, None
     if isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, revision, ""), None
-    near = difflib.get_close_matches(text, names(), n=1)
+    near = difflib.get_close_matches(text, list_flows(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise CheckpointError(
         f"there is no flow {text!r}: it is neither a folder, nor 'owner/name' on the Hugging Face "
-        f"hub, nor one of {names()}.{hint}"
+        f"hub, nor one of {list_flows()}.{hint}"
     )
 
 

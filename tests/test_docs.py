@@ -1,0 +1,62 @@
+"""What the documents say is so: README code, README tables, examples."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+@pytest.mark.parametrize("document", ["README.md"])
+def test_every_python_block_runs(document: str) -> None:
+    found = blocks((ROOT / document).read_text())
+    assert found
+    for code in found:
+        exec(compile(code, document, "exec"), {})
+
+
+def test_the_readme_quotes_the_recorded_results_and_nothing_else() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
+
+
+def test_every_result_says_how_it_was_made() -> None:
+    results = list((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        result = json.loads(path.read_text())
+        assert {"command", "commit", "date", "hardware", "torch", "seed"} <= result.keys(), path
+        assert "/" not in result["commit"]
+        assert str(Path.home()) not in path.read_text()
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "pretrained" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_example_trains_a_flow(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    command = [sys.executable, str(ROOT / "examples" / "train_a_flow.py"), "--minutes", "0.05"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "flow")],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FrozenGlow(1x8x8" in done.stdout
+    assert (tmp_path / "flow" / "samples.png").is_file()
