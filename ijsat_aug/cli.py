@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,7 +170,8 @@ def train_flow(
             images, config, out, recipe, test=test_images, resume=resume, overwrite=overwrite,
             name=name, license=license, quiet=quiet,
         )  # fmt: skip
-    typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({str(out)!r}).")
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({str(out)!r}).")
 
 
 @app.command()

@@ -62,12 +62,12 @@ def load_images(
         (torch.Size([1500, 1, 8, 8]), 17)
     """
     path = Path(source)
-    if path.is_dir():
+    if source == "digits":  # a folder of that name is "./digits"
+        data = _digits(train)
+    elif path.is_dir():
         data = _from_folder(path, size)
     elif path.suffix in {".npy", ".npz"}:
         data = _from_array(path)
-    elif source == "digits":
-        data = _digits(train)
     else:
         data = _from_torchvision(str(source), root, train, size)
     if len(data.images) < 2:

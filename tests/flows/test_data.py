@@ -26,6 +26,16 @@ def test_digits_have_a_training_and_a_test_part_without_overlap() -> None:
     assert not any(bytes(i.numpy()) in seen for i in test.images)
 
 
+def test_a_folder_called_digits_does_not_hide_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    assert load_images("digits").bins == 17
+    with pytest.raises(ValueError, match="holds no image"):
+        load_images("./digits")
+
+
 def test_a_folder_with_classes(tmp_path: Path, pictures: np.ndarray) -> None:
     for i, picture in enumerate(pictures):
         folder = tmp_path / ("cat" if i % 2 else "dog")

@@ -130,7 +130,7 @@ class _Hub(_Quiet):
     def _answer(self, body: bool) -> None:
         prefix, _, name = self.path.partition("/resolve/")
         revision, _, file = name.partition("/")
-        path = Path(self.directory) / file
+        path = Path(self.directory) / file.removeprefix("far/")
         if prefix != "/somebody/flows" or revision != "v1" or not path.is_file():
             self.send_error(404)
             return
@@ -150,9 +150,13 @@ def test_the_hub_client_fetches_pins_and_caches(remote: Path, tmp_path: Path) ->
     pytest.importorskip("huggingface_hub")
     handler = functools.partial(_Hub, directory=str(remote / "far"))
     script = """
-import json, sys
+import json, os, sys
 from ijsat_aug import CheckpointError, load_flow
+from ijsat_aug.flows import registry
 sha256 = sys.argv[1]
+registry._registry = lambda: {"far": {"model.safetensors": sha256}}
+os.environ["IJSAT_URL"] = "hf://somebody/flows@v1"
+assert load_flow("far").shape == (1, 8, 8)
 flow = load_flow("somebody/flows", revision="v1", sha256=sha256)
 try:
     load_flow("somebody/flows", revision="v2")
