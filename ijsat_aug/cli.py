@@ -40,16 +40,31 @@ class Precision(str, Enum):
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """The user's mistakes are one sentence; ours keep their traceback."""
-    from .flows.registry import CheckpointError
-
     try:
         yield
-    except (CheckpointError, ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
+        if not _is_plain(error):
+            raise
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.secho("Stopped.", fg="yellow", err=True)
         raise typer.Exit(130) from None
+
+
+def _is_plain(error: Exception) -> bool:
+    """Whether the message was written for the user: by us, or by the file system."""
+    from .flows.registry import CheckpointError
+
+    if isinstance(error, (CheckpointError, OSError)):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = trace is not None and trace.tb_frame.f_globals.get("__package__", "").startswith(
+        "ijsat_aug"
+    )
+    return ours and isinstance(error, (ValueError, TypeError, ImportError))
 
 
 @app.callback(invoke_without_command=True)
@@ -176,7 +191,7 @@ def train_flow(
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="Legacy .pt state dict of a normflows Glow.")],
+    file: Annotated[Path, typer.Argument(help="Legacy .pt state dict of build_glow's network.")],
     config: Annotated[Path, typer.Argument(help="JSON file with the GlowConfig's fields.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     data: Annotated[str, typer.Option(help="What it was trained on.")] = "unspecified",

@@ -35,10 +35,12 @@ def run(out: Path, source: str = "digits") -> Path:
 
     console = Console()
     flow = load_flow(source)
+    if flow.shape != (1, 8, 8) or not flow.info["calibration"]:
+        raise ValueError(f"the demo needs a calibrated flow of 8x8 digits, and {source!r} is none.")
     train, test = load_images("digits"), load_images("digits", train=False)
     assert train.labels is not None
     assert test.labels is not None
-    console.print(f"{flow!r}: {flow.info['metrics']['bits_per_dim']['test']:.3f} bits/dim")
+    console.print(f"{flow!r}, bits/dim: {flow.info['metrics']['bits_per_dim']}")
     network = probe_network(_pixels(train.images), train.labels)
     x, y = _pixels(test.images), test.labels
     etas = (0.0, *(flow.info["calibration"]["recommended"]["linf"] * k for k in (0.5, 1.0, 2.0)))

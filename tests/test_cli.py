@@ -62,6 +62,7 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
             ("train-flow", "digits", tmp_path / "a", "--epochs", 1, "--levels", 4),
             "levels=4 halves the image",
         ),
+        (("demo", "--flow", "cifar10"), "needs a calibrated flow of 8x8 digits"),
         (("convert", "a.pt", tmp_path / "none.json", tmp_path / "b"), "none.json"),
     ):
         result = run(*arguments)

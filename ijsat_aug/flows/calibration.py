@@ -55,8 +55,28 @@ def calibrate(
         >>> sorted(table["linf"][0]["random"])
         ['non_finite', 'out_of_range', 'pixel_linf', 'pixel_rms']
     """
-    images = images.to(flow.device, flow.dtype)
-    network = network or probe_network(images, labels, seed)
+    if not etas or min(etas) <= 0:
+        raise ValueError(f"etas must be radii > 0, got {tuple(etas)}.")
+    with torch.inference_mode(False):
+        images = images.to(flow.device, flow.dtype).clone()
+        if network is None:
+            network = probe_network(images, labels, seed)
+        modes = {module: module.training for module in network.modules()}
+        try:
+            return _table(flow, images, labels, network.eval(), sorted(etas), seed)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _table(
+    flow: FrozenGlow,
+    images: Tensor,
+    labels: Tensor | None,
+    network: nn.Module,
+    etas: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
     targets = None if labels is None else labels.to(flow.device)
     directions = {
         "random": _random_direction(seed),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+import threading
 import weakref
 from collections.abc import Mapping
 from importlib import metadata
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_together
 from .fold import freeze
 from .frozen import FrozenGlow, Memory
 from .glow import GlowConfig
@@ -24,8 +24,10 @@ __all__ = ["CheckpointError", "convert_checkpoint", "load_flow", "load_state", "
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_KEYS = {"architecture", "name", "data", "license", "metrics", "calibration", "training"}
 
 _shared: weakref.WeakValueDictionary[tuple[object, ...], FrozenGlow] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
 
 
 def load_flow(
@@ -67,21 +69,24 @@ def load_flow(
         compute_dtype,
         memory,
     )
-    flow = _shared.get(key)
-    if flow is None:
-        try:
-            flow = freeze(
-                config, _tensors(folder, weights), info=card, device=where,
-                compute_dtype=compute_dtype, memory=memory,
-            )  # fmt: skip
-        except ValueError as error:
-            raise CheckpointError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
-        _shared[key] = flow
-    return flow
+    with _lock:
+        flow = _shared.get(key)
+        if flow is None:
+            try:
+                flow = freeze(
+                    config, _tensors(folder, weights), info=card, device=where,
+                    compute_dtype=compute_dtype, memory=memory,
+                )  # fmt: skip
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{folder / WEIGHTS} does not fit {CONFIG}: {error}"
+                ) from error
+            _shared[key] = flow
+        return flow
 
 
 def load_state(
-    source: str | Path, *, sha256: str | None = None
+    source: str | Path, *, revision: str | None = None, sha256: str | None = None
 ) -> tuple[GlowConfig, dict[str, Tensor]]:
     """The config and normflows state dict of a checkpoint, to train it further or to study it.
 
@@ -91,7 +96,7 @@ def load_state(
         >>> build_glow(config).load_state_dict(state)
         <All keys matched successfully>
     """
-    folder, expected = locate(source, None)
+    folder, expected = locate(source, revision)
     _, config, weights = _read(folder, sha256 or expected)
     return config, _tensors(folder, weights)
 
@@ -108,7 +113,7 @@ def save_flow(
     calibration: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint folder: all of it, or nothing.
+    """Write a checkpoint folder; nothing is touched before all of it is ready.
 
     Args:
         folder: Where; other files in it are kept.
@@ -149,21 +154,21 @@ def save_flow(
     }
     from .card import render
 
-    _swap_in(
-        folder,
-        {
-            WEIGHTS: weights,
-            CONFIG: (json.dumps(card, indent=1) + "\n").encode(),
-            CARD: render(card).encode(),
-        },
-    )
+    # The config last: until it is there the folder is no checkpoint, and its checksum finds out
+    # a save that was cut between two files.
+    config_json = (json.dumps(card, indent=1) + "\n").encode()
+    files = {CARD: render(card).encode(), WEIGHTS: weights, CONFIG: config_json}
+    write_together(folder, files)
     return folder
 
 
 def convert_checkpoint(
     file: str | Path, config: GlowConfig, folder: str | Path, **card: Any
 ) -> Path:
-    """Convert a legacy ``.pt`` state dict of a normflows Glow; nothing in it is executed.
+    """Convert a ``.pt`` state dict of :func:`build_glow`'s network; nothing in it is executed.
+
+    A plain normflows Glow has the same names and shapes but scales its couplings otherwise: with
+    its weights the result is a flow, but not the one that was trained.
 
     Args:
         file: Written by ``torch.save(model.state_dict(), file)`` or normflows' own ``save``.
@@ -206,6 +211,8 @@ def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig,
         weights = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     actual = hashlib.sha256(weights).hexdigest()
     for source, wanted in ((CONFIG, card["weights"]["sha256"]), ("you or the registry", sha256)):
         if wanted is not None and actual != wanted.lower():
@@ -244,7 +251,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
     sha256 = (
         card.get("weights", {}).get("sha256") if isinstance(card.get("weights"), dict) else None
     )
-    if card.get("kind") != "glow" or "architecture" not in card or not isinstance(sha256, str):
+    if card.get("kind") != "glow" or not card.keys() >= _KEYS or not isinstance(sha256, str):
         raise CheckpointError(f"{path} describes no Glow; fetch the checkpoint again.")
     return card
 
@@ -253,12 +260,12 @@ def _check_architecture(folder: Path, config: GlowConfig, weights: bytes) -> Non
     length = int.from_bytes(weights[:8], "little")
     try:
         header = json.loads(weights[8 : 8 + length])
-        stored = header.get("__metadata__", {}).get("architecture")
-    except (ValueError, AttributeError) as error:
+        stored = GlowConfig.from_dict(json.loads(header["__metadata__"]["architecture"]))
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is no safetensors file; fetch the checkpoint again."
+            f"{folder / WEIGHTS} is no safetensors file of ours; fetch the checkpoint again."
         ) from error
-    if stored != _architecture(config):
+    if stored != config:
         raise CheckpointError(
             f"{folder / CONFIG} and {WEIGHTS} describe different networks; one of them was "
             "changed or swapped, fetch the checkpoint again."
@@ -280,32 +287,3 @@ def _tensors(folder: Path, weights: bytes) -> dict[str, Tensor]:
 
 def _architecture(config: GlowConfig) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
-
-
-def _swap_in(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace the files of a folder together: write a full copy beside it, then rename."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        fresh.chmod(0o755)
-        for name, data in files.items():
-            (fresh / name).write_bytes(data)
-        if not folder.exists():
-            fresh.rename(folder)
-            return
-        for other in folder.iterdir():
-            if other.name not in files:
-                _link(other, fresh / other.name)
-        old = fresh.with_name(f"{fresh.name}.old")
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy2(source, target)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,33 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Integer grey levels ``(N, C, H, W)`` below ``bins``, and labels when there are any."""
+    """Integer grey levels ``(N, C, H, W)`` below ``bins``, and labels when there are any.
+
+    Example:
+        >>> data = ImageData(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), None, 256, "black")
+        >>> [len(part.images) for part in data.split(0.2)]
+        [8, 2]
+    """
 
     images: Tensor
     labels: Tensor | None
     bins: int
     name: str
+    classes: tuple[str, ...] | None = None
 
     def split(self, held_out: float, seed: int = 0) -> tuple[ImageData, ImageData]:
         """A random training part and a held-out part, the same for the same seed."""
         count = len(self.images)
         test = min(max(1, round(held_out * count)), count - 1)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(
+            count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+        )
         return self.take(order[test:]), self.take(order[:test])
 
     def take(self, index: Tensor) -> ImageData:
         """The images (and labels) at an index."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageData(self.images[index], labels, self.bins, self.name)
+        return replace(self, images=self.images[index], labels=labels)
 
 
 def load_images(
@@ -70,6 +79,8 @@ def load_images(
         data = _from_array(path)
     else:
         data = _from_torchvision(str(source), root, train, size)
+    if size is not None and data.images.shape[2:] != (size, size):
+        data = replace(data, images=_resize(data.images, size))
     if len(data.images) < 2:
         raise ValueError(f"{source} holds {len(data.images)} images; a flow needs at least 2.")
     return data
@@ -131,13 +142,20 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
-    images = _stack((Image.open(f) for f in files), size, folder)
+
+    def pictures() -> Iterator[Any]:
+        for file in files:
+            with Image.open(file) as picture:
+                yield picture
+
+    images = _stack(pictures(), size, folder)
+    classes = None
     names = [f.relative_to(folder).parts[0] for f in files if f.parent != folder]
     labels = None
     if len(names) == len(files):
-        classes = {name: i for i, name in enumerate(sorted(set(names)))}
-        labels = torch.tensor([classes[name] for name in names])
-    return ImageData(images, labels, 256, folder.name)
+        classes = tuple(sorted(set(names)))
+        labels = torch.tensor([classes.index(name) for name in names])
+    return ImageData(images, labels, 256, folder.name, classes)
 
 
 def _from_torchvision(
@@ -160,11 +178,24 @@ def _from_torchvision(
     elif "split" in known:
         options["split"] = "train" if train else "test"
     dataset = kind(root, **options)
-    samples = [dataset[i] for i in range(len(dataset))]
-    images = _stack((sample[0] for sample in samples), size, name)
-    targets = [sample[1] for sample in samples]
+    targets: list[Any] = []
+
+    def pictures() -> Iterator[Any]:
+        for i in range(len(dataset)):
+            picture, target = dataset[i][:2]
+            targets.append(target)
+            yield picture
+
+    images = _stack(pictures(), size, name)
     labels = torch.tensor(targets) if all(isinstance(t, int) for t in targets) else None
     return ImageData(images, labels, 256, f"torchvision {name}")
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    from torchvision.transforms.v2 import functional as F
+
+    resized: Tensor = F.center_crop(F.resize(images, [size], antialias=True), [size, size])
+    return resized
 
 
 def _stack(pictures: Iterable[Any], size: int | None, source: Path | str) -> Tensor:
@@ -172,11 +203,14 @@ def _stack(pictures: Iterable[Any], size: int | None, source: Path | str) -> Ten
 
     tensors: list[Tensor] = []
     for picture in pictures:
-        grey = picture.mode in {"1", "L", "I;16"}
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"{source} holds a picture of more than 8 bits (mode {picture.mode}); convert it "
+                "to 8 bits first."
+            )
+        grey = picture.mode in {"1", "L"}
         tensor = F.pil_to_tensor(picture.convert("L" if grey else "RGB"))
-        if size is not None:
-            tensor = F.center_crop(F.resize(tensor, [size], antialias=True), [size, size])
-        tensors.append(tensor)
+        tensors.append(tensor if size is None else _resize(tensor, size))
     if any(t.shape[0] == 3 for t in tensors):
         tensors = [t.expand(3, -1, -1) for t in tensors]
     if len({t.shape for t in tensors}) > 1:

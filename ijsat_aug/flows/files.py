@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_together"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -18,16 +19,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         ...     Path(folder, "a.txt").read_bytes()
         b'whole'
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    write_together(path.parent, {path.name: data})
+
+
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files beside their places first, and only then move them there, in order.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_together(Path(folder), {"a": b"1", "b": b"2"})
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['a', 'b']
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staged: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        for name, data in files.items():
+            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            staged[Path(temporary)] = folder / name
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+        for source, target in staged.items():
+            source.replace(target)
+    finally:
+        for source in staged:
+            source.unlink(missing_ok=True)

@@ -44,9 +44,9 @@ def freeze(
             tuple(_fold(weights, f"flows.{i}.{k}.", config, channels) for k in range(config.steps))
             for i, channels in enumerate(config.block_channels)
         )
-        mean, std = _base_moments(weights, config)
+        base = _base(weights, config)
         weights.check_all_used()
-    flow = FrozenGlow(config, levels, mean, std, dict(info or {}), memory)
+    flow = FrozenGlow(config, levels, *_moments(base), base, dict(info or {}), memory)
     return flow.to(device, dtype=dtype, compute_dtype=compute_dtype or dtype)
 
 
@@ -99,7 +99,7 @@ def _lu_matrix(weights: _Weights, prefix: str, c: int) -> Tensor:
     permutation, lower, upper = (weights.take(f"{prefix}{n}", c, c) for n in ("P", "L", "U"))
     weights.take(f"{prefix}eye", c, c)
     diagonal = weights.take(f"{prefix}sign_S", c) * weights.take(f"{prefix}log_S", c).exp()
-    unit_lower = lower.tril(-1) + torch.eye(c, dtype=torch.float64)
+    unit_lower = lower.tril(-1) + torch.eye(c, dtype=torch.float64, device="cpu")
     return permutation @ unit_lower @ (upper.triu(1) + diagonal.diag())
 
 
@@ -115,8 +115,8 @@ def _fold_net(
     )
     # normflows interleaves shift and log-scale; side by side they split into views. Going
     # forward, the division of clamp * tanh(raw / clamp) is folded in too.
-    order = torch.arange(channels).unflatten(0, (-1, 2)).t().flatten()
-    divide = torch.ones(channels, dtype=torch.float64)
+    order = torch.arange(channels, device="cpu").unflatten(0, (-1, 2)).t().flatten()
+    divide = torch.ones(channels, dtype=torch.float64, device="cpu")
     divide[half:] = config.clamp
     third = _conv(weight[order], bias[order])
     third = third._replace(
@@ -133,15 +133,21 @@ def _mix(matrix: Tensor, bias: Tensor) -> Mix:
     return Mix(matrix.t(), bias, matrix)
 
 
-def _base_moments(weights: _Weights, config: GlowConfig) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the base density; of the class mixture if conditional."""
+def _base(weights: _Weights, config: GlowConfig) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations ``(classes or 1, D)`` of the base density."""
     means, stds = [], []
     for i, shape in enumerate(config.latent_shapes):
         full = (1, *shape) if config.num_classes is None else (*shape, config.num_classes)
         loc, scale = weights.take(f"q0.{i}.loc", *full), weights.take(f"q0.{i}.log_scale", *full)
-        axis = 0 if config.num_classes is None else -1
-        mean = loc.mean(axis)
-        second_moment = (scale.mul(2).exp() + loc.square()).mean(axis)
-        means.append(mean.flatten())
-        stds.append((second_moment - mean.square()).sqrt().flatten())
-    return torch.cat(means), torch.cat(stds)
+        if config.num_classes is not None:
+            loc, scale = loc.movedim(-1, 0), scale.movedim(-1, 0)
+        means.append(loc.flatten(1))
+        stds.append(scale.flatten(1).exp())
+    return torch.cat(means, 1), torch.cat(stds, 1)
+
+
+def _moments(base: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the classes: those of their mixture."""
+    means, stds = base
+    mean = means.mean(0)
+    return mean, ((stds.square() + means.square()).mean(0) - mean.square()).clamp_min(0).sqrt()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,18 +20,41 @@ __all__ = ["FrozenGlow", "Memory", "Tape"]
 Memory = Literal["tape", "low"]
 
 
-class Tape(NamedTuple):
-    """The record of one encode or decode pass, for :meth:`FrozenGlow.vjp`."""
+@dataclass(frozen=True)
+class Tape:
+    """The record of one encode or decode pass, for :meth:`FrozenGlow.vjp`.
+
+    Example:
+        >>> import ijsat_aug
+        >>> flow = ijsat_aug.load_flow("digits")
+        >>> _, tape = flow.encode_with_tape(torch.rand(2, 1, 8, 8))
+        >>> len(tape), tape.nbytes()
+        (2, 49664)
+    """
 
     blocks: tuple[Kept, ...]
     squashed: Tensor | None
 
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.blocks[0].scale)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it keeps."""
+        kept = [t for k in self.blocks for t in (k.scale, k.slope, *k.gates)]
+        return kept if self.squashed is None else [*kept, self.squashed]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> Tape:
+        """The inverse of :meth:`tensors`."""
+        count = len(tensors) // 4
+        quads = (tensors[4 * i : 4 * i + 4] for i in range(count))
+        blocks = tuple(Kept(scale, slope, (one, two)) for scale, slope, one, two in quads)
+        return cls(blocks, tensors[-1] if len(tensors) % 4 else None)
+
     def nbytes(self) -> int:
         """Bytes that the tape keeps alive."""
-        kept = [t for k in self.blocks for t in (k.scale, k.slope, *k.gates)]
-        if self.squashed is not None:
-            kept.append(self.squashed)
-        return sum(t.untyped_storage().nbytes() for t in kept)
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +80,7 @@ class FrozenGlow:
     levels: tuple[tuple[Block, ...], ...]
     mean: Tensor
     std: Tensor
+    base: tuple[Tensor, Tensor]
     info: Mapping[str, Any]
     memory: Memory = "tape"
 
@@ -156,6 +180,11 @@ class FrozenGlow:
             >>> flow.vjp(tape, torch.zeros(2, 1, 8, 8)).abs().max()
             tensor(0.)
         """
+        if g.shape != (len(tape), *self.shape):
+            raise ValueError(
+                f"the gradient has shape {tuple(g.shape)}, the tape was recorded for "
+                f"{(len(tape), *self.shape)}."
+            )
         with torch.no_grad(), _exactly(g):
             h = self._to_domain_vjp(g.to(self.dtype), tape.squashed)
             blocks = iter(reversed(tape.blocks))
@@ -168,19 +197,38 @@ class FrozenGlow:
             return self._flatten(parts) * self.std
 
     def sample(
-        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Random images of the flow, clipped to [0, 1].
+
+        Args:
+            count: How many.
+            temperature: Scale of the base density's spread.
+            generator: Source of randomness, on the flow's device.
+            labels: Their classes, for a class-conditional flow; random by default.
 
         Example:
             >>> import ijsat_aug
             >>> ijsat_aug.load_flow("digits").sample(4, temperature=0.7).shape
             torch.Size([4, 1, 8, 8])
         """
-        z = torch.randn(
-            count, self.latent_dim, generator=generator, device=self.device, dtype=self.dtype
-        )
-        return self.decode(temperature * z).clamp(0, 1)
+        means, stds = self.base
+        place: dict[str, Any] = {"generator": generator, "device": self.device}
+        if labels is None:
+            labels = torch.randint(len(means), (count,), **place)
+        elif self.config.num_classes is None or labels.shape != (count,):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit: they must be ({count},), and "
+                "the flow class-conditional."
+            )
+        noise = torch.randn(count, self.latent_dim, dtype=self.dtype, **place)
+        latents = means[labels] + temperature * stds[labels] * noise
+        return self.decode((latents - self.mean) / self.std).clamp(0, 1)
 
     def to(
         self,
@@ -194,7 +242,7 @@ class FrozenGlow:
 
         Args:
             device: Where the weights shall lie.
-            dtype: Precision of the state; float64 is for tests.
+            dtype: Precision of the state. It can only fall, as can ``compute_dtype``.
             compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
             memory: ``"tape"`` keeps what the gradient of ``decode`` needs; ``"low"`` keeps the
                 image alone and inverts the flow block by block on the way back.
@@ -213,13 +261,23 @@ class FrozenGlow:
         memory = memory or self.memory
         if memory not in ("tape", "low"):
             raise ValueError(f'memory must be "tape" or "low", got {memory!r}.')
+        for name, new, old in (
+            ("dtype", target.dtype, self.dtype),
+            ("compute_dtype", low, self.compute_dtype),
+        ):
+            if torch.finfo(new).eps < torch.finfo(old).eps:
+                raise ValueError(
+                    f"{name}={new} needs more precision than the weights still have ({old}); load "
+                    "or freeze the flow again."
+                )
         same_place = target.device == self.device and target.dtype == self.dtype
         if same_place and low == self.compute_dtype:
             return self if memory == self.memory else replace(self, memory=memory)
         with torch.inference_mode(False), torch.no_grad():
             levels = tuple(tuple(_move(b, target, low) for b in level) for level in self.levels)
             mean, std = self.mean.to(target), self.std.to(target)
-        return replace(self, levels=levels, mean=mean, std=std, memory=memory)
+            base = (self.base[0].to(target), self.base[1].to(target))
+        return replace(self, levels=levels, mean=mean, std=std, base=base, memory=memory)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))
@@ -273,6 +331,9 @@ class FrozenGlow:
         return (self._flatten(parts) - self.mean) / self.std, squashed
 
     def _decode(self, z: Tensor, kept: list[Kept] | None) -> tuple[Tensor, Tensor | None]:
+        return self._from_domain(self._decode_to_domain(z, kept))
+
+    def _decode_to_domain(self, z: Tensor, kept: list[Kept] | None) -> Tensor:
         parts = self._unflatten(z * self.std + self.mean)
         h = parts[0]
         for i, level in enumerate(self.levels):
@@ -281,12 +342,11 @@ class FrozenGlow:
             for block in level:
                 h = decode_block(block, h, kept)
             h = _shuffle(h)
-        return self._from_domain(h)
+        return h
 
-    def _decode_vjp_from_image(self, x: Tensor, g: Tensor) -> Tensor:
-        """The gradient at the latent of ``x``, inverting one block at a time."""
-        h, squashed = self._to_domain(x)
-        h = h.contiguous(memory_format=torch.channels_last)
+    def _vjp_by_inversion(self, h: Tensor, g: Tensor) -> Tensor:
+        """The gradient at the latent that decodes to ``h``, inverting one block at a time."""
+        squashed = None if self.config.logit is None else torch.sigmoid(h)
         g = self._to_domain_vjp(g.to(self.dtype), squashed)
         rest: list[Tensor] = []
         parts: list[Tensor] = []
@@ -337,30 +397,42 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, flow: FrozenGlow) -> Tensor:
         ctx.flow = flow
         if flow.memory == "low":
-            x, _ = flow._decode(z, None)
-            ctx.save_for_backward(x)
-            return x
-        kept: list[Kept] = []
-        x, squashed = flow._decode(z, kept)
-        ctx.tape = Tape(tuple(kept), squashed)
+            h = flow._decode_to_domain(z, None)
+            ctx.save_for_backward(h)  # not the image: its sigmoid may have saturated
+            return flow._from_domain(h)[0]
+        x, tape = flow.decode_with_tape(z)
+        ctx.save_for_backward(*tape.tensors())
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         flow: FrozenGlow = ctx.flow
-        with _exactly(g):
-            if flow.memory == "low":
-                (x,) = ctx.saved_tensors
-                return flow._decode_vjp_from_image(x, g), None
-            return flow.vjp(ctx.tape, g), None
+        if flow.memory == "low":
+            with _exactly(g):
+                (h,) = ctx.saved_tensors
+                return flow._vjp_by_inversion(h, g), None
+        return flow.vjp(Tape.from_tensors(ctx.saved_tensors), g), None
 
 
-def _exactly(tensor: Tensor) -> AbstractContextManager[object]:
-    """No autocast: rounding the state of the flow to bfloat16 would move pixels by 4/255."""
-    if not torch.amp.is_autocast_available(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def _exactly(tensor: Tensor) -> Iterator[None]:
+    """No autocast and no TF32: rounding the state to bfloat16 would move pixels by 4/255."""
+    device = tensor.device.type
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if device == "cuda":
+            cudnn = torch.backends.cudnn
+            stack.enter_context(
+                cudnn.flags(
+                    enabled=cudnn.enabled,
+                    benchmark=cudnn.benchmark,
+                    deterministic=cudnn.deterministic,
+                    allow_tf32=False,
+                )
+            )
+        yield
 
 
 def _unshuffle(h: Tensor) -> Tensor:
@@ -390,8 +462,9 @@ def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:
 
 
 def _move(block: Block, target: Tensor, low: torch.dtype) -> Block:
-    # Beside bfloat16 networks exact products are useless, and Apple's GPUs have no float64.
-    plain = low != target.dtype or target.device.type == "mps"
+    # On a CPU exact products beside bfloat16 networks only cost time; Apple's GPUs have no float64.
+    device = target.device.type
+    plain = device == "mps" or (device == "cpu" and low != target.dtype)
     exact = target.dtype if plain else torch.float64
 
     def mix(m: Mix) -> Mix:

@@ -23,11 +23,13 @@ def probe_network(
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     classes = 4 if labels is None else int(labels.max()) + 1
-    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        network = _small_cnn(images.shape[1], classes).to(images.device, images.dtype)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     with torch.enable_grad(), torch.inference_mode(False):
+        images = images.clone()  # an inference tensor could not be trained on
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            network = _small_cnn(images.shape[1], classes)
+        network.to(images.device, images.dtype)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
         for _ in range(steps):
             index = torch.randint(
                 len(images), (min(64, len(images)),), generator=generator, device=images.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def publish(
     }
     seen = train.images[:_NETWORK_IMAGES].to(device).float() / (config.bins - 1)
     labels = None if train.labels is None else train.labels[:_NETWORK_IMAGES]
+    if not _comparable(labels, shown.labels):
+        labels, shown = None, replace(shown, labels=None)
     network = probe_network(seen, labels)
     save_pictures(flow, measured, folder)
     return save_flow(
@@ -77,6 +80,13 @@ def publish(
         calibration=calibrate(flow, images, shown.labels, network=network),
         training=training,
     )  # fmt: skip
+
+
+def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
+    """Whether a network that learns the one labels can be asked about the others."""
+    if train is None or shown is None:
+        return False
+    return int(train.min()) >= 0 and int(shown.min()) >= 0 and int(shown.max()) <= int(train.max())
 
 
 @torch.no_grad()

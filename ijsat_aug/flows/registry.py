@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import http.client
 import json
 import os
-import urllib.error
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -53,12 +53,18 @@ def list_flows() -> list[str]:
 def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """The local folder of a checkpoint, fetched when needed, and the sha256 of its weights."""
     text = os.fspath(source)
+    on_hub = _is_hub_id(source)
+    if revision is not None and not on_hub:
+        raise ValueError(
+            f"revision={revision!r} is for Hugging Face repositories, and {text!r} is none; for "
+            "a file that must not change give sha256=..."
+        )
     if text in _registry() and isinstance(source, str):
         return _named(text), _registry()[text]["model.safetensors"]
     path = Path(text).expanduser()
     if path.is_dir():
         return path, None
-    if isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    if on_hub:
         return _from_hub(text, revision, ""), None
     near = difflib.get_close_matches(text, list_flows(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -66,6 +72,12 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
         f"there is no flow {text!r}: it is neither a folder, nor 'owner/name' on the Hugging Face "
         f"hub, nor one of {list_flows()}.{hint}"
     )
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    if not isinstance(source, str) or source in _registry() or Path(source).is_dir():
+        return False
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 @cache
@@ -108,7 +120,7 @@ def _download(url: str, target: Path, sha256: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             data: bytes = response.read()
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(f"cannot fetch {url} ({error}); check IJSAT_URL.") from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != sha256:

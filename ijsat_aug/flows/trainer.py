@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -79,6 +80,7 @@ def train_flow(
         raise ImportError(
             'training a flow needs accelerate: pip install "ijsat-aug[train]".'
         ) from error
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     accelerator = Accelerator(
         mixed_precision="no",  # autocast over a whole flow ruins it; see Recipe.precision
         log_with="tensorboard" if recipe.tensorboard else None,
@@ -92,18 +94,24 @@ def train_flow(
             run.best_state(), config, out, train=run.train_data, held_out=run.held_out, test=test,
             name=name, license=license, training=run.summary(), device=accelerator.device,
         )  # fmt: skip
-    accelerator.end_training()
+    accelerator.wait_for_everyone()  # the checkpoint is there when any process returns
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not grouped:
+        accelerator.end_training()
     return out
 
 
 def _check_place(out: Path, resume: bool, overwrite: bool) -> None:
-    if resume or overwrite:
+    if resume and overwrite:
+        raise ValueError("resume goes on and overwrite starts anew: choose one of them.")
+    if overwrite or (resume and (out / _STATE).exists()):
         return
     for file in (out / _STATE, out / "model.safetensors"):
         if file.exists():
             raise FileExistsError(
-                f"{out} already holds a training; go on with resume (--resume), start anew with "
-                "overwrite (--overwrite), or choose another folder."
+                f"{out} already holds a flow; start anew with overwrite (--overwrite), choose "
+                "another folder, or go on with resume (--resume) where training/ is still there."
             )
 
 
@@ -118,10 +126,22 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
             )
         if config.num_classes is not None and part.labels is None:
             raise ValueError(f"num_classes is set, but {part.name} has no labels.")
-        if int(part.images.max()) >= config.bins:
+        if part.bins != config.bins or int(part.images.max()) >= config.bins:
             raise ValueError(
-                f"{part.name} holds grey level {int(part.images.max())}, but bins={config.bins}."
+                f"{part.name} has {part.bins} grey levels, up to {int(part.images.max())}, but the "
+                f"flow bins={config.bins}; build it with bins=images.bins."
             )
+        if config.num_classes is not None and part.labels is not None:
+            low, high = int(part.labels.min()), int(part.labels.max())
+            if low < 0 or high >= config.num_classes:
+                raise ValueError(
+                    f"{part.name} has labels {low} to {high}, but num_classes={config.num_classes}."
+                )
+    if test is not None and data.classes != test.classes:
+        raise ValueError(
+            f"the class folders of {data.name} and {test.name} differ: {data.classes} and "
+            f"{test.classes}."
+        )
 
 
 class _Run:
@@ -138,22 +158,26 @@ class _Run:
     ) -> None:
         self.config, self.out, self.recipe, self.accelerator = config, out, recipe, accelerator
         self.device = accelerator.device
+        self.images = hashlib.sha256(data.images.contiguous().numpy().data).hexdigest()
         self.train_data, self.held_out = data.split(recipe.held_out, recipe.seed)
         self.progress = Progress()
         self.state_file = out / _STATE
         torch.manual_seed(recipe.seed)
         model = build_glow(config).to(self.device)
-        if resume and self.state_file.is_file():
+        resume = resume and self.state_file.is_file()
+        if resume:
             _mark_initialised(model)
         else:
             self._initialise(model)
+            if accelerator.is_main_process:
+                self.state_file.unlink(missing_ok=True)
         self.average = AveragedModel(model, multi_avg_fn=_Warming(recipe.ema))
         self.best = {k: v.clone() for k, v in self.average.module.state_dict().items()}
         kinds = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
         self.optimizer: Any = kinds[recipe.optimizer](
             model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
         )
-        if resume and self.state_file.is_file():
+        if resume:
             self._load(model)
         _set_compute_dtype(model, torch.bfloat16 if recipe.precision == "bf16" else None)
         self.model = accelerator.prepare_model(model)
@@ -269,7 +293,7 @@ class _Run:
     def _milestone(self, display: Display, loss: Tensor | None) -> None:
         progress = self.progress
         progress.validated = evaluate(self.average.module, self.config, self.held_out)
-        if not progress.validated >= progress.best:
+        if progress.validated < progress.best:
             progress.best, progress.best_step = progress.validated, progress.step
             self.best = {k: v.clone() for k, v in self.average.module.state_dict().items()}
         values = {"held-out bits/dim": progress.validated}
@@ -303,24 +327,39 @@ class _Run:
             for key, value in values.items()
         }
 
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a training goes on: else held-out images were trained on."""
+        settings = ("seed", "held_out", "batch_size", "optimizer")
+        return {name: getattr(self.recipe, name) for name in settings} | {
+            "network": self.config.to_dict(),
+            "images": self.images,
+        }
+
     def _save(self) -> None:
         from safetensors.torch import save
 
-        state = {"progress": dataclasses.asdict(self.progress), "config": self.config.to_dict()}
+        state = self._identity() | {"progress": dataclasses.asdict(self.progress)}
         tensors = self._tensors(self.accelerator.unwrap_model(self.model))
         write_atomically(self.state_file, save(tensors, metadata={"state": json.dumps(state)}))
 
     def _load(self, model: nn.Module) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.state_file, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if GlowConfig.from_dict(state["config"]) != self.config:
+        try:
+            with safe_open(self.state_file, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.state_file} belongs to another network; resume with its settings or "
-                "choose another output folder."
-            )
+                f"{self.state_file} is damaged ({error}); start anew with overwrite."
+            ) from error
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"{self.state_file} belongs to another training: its {key} was "
+                    f"{state.get(key)}, now it is {value}; resume with its settings or choose "
+                    "another output folder."
+                )
 
         def group(name: str) -> dict[str, Tensor]:
             return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}/")}

@@ -195,6 +195,30 @@ def test_it_replays_and_leaves_the_global_generator_alone(flow: FrozenGlow, digi
     assert calibrate(flow, digits[:16], etas=(0.05,)) == first
 
 
+def test_it_works_under_inference_mode_and_leaves_the_network_alone(
+    flow: FrozenGlow, digits: Tensor
+) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(64, 4))
+    network[1].eval()
+    modes = [module.training for module in network.modules()]
+    statistics = network[0].running_mean.clone()
+    with torch.inference_mode():
+        x = digits[:8].clone()
+        calibrate(flow, x, network=network, etas=(0.05,))
+        calibrate(flow, x, etas=(0.05,))
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(network[0].running_mean, statistics)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_radii_are_sorted_and_checked(flow: FrozenGlow, digits: Tensor) -> None:
+    table = calibrate(flow, digits[:4], etas=(0.1, 0.01))
+    assert [row["eta"] for row in table["linf"]] == [0.01, 0.1]
+    for bad in ((), (0.0, 0.1)):
+        with pytest.raises(ValueError, match="etas must be radii"):
+            calibrate(flow, digits[:4], etas=bad)
+
+
 def test_round_trip_names_its_kinds_of_images(flow: FrozenGlow, digits: Tensor) -> None:
     errors = round_trip(flow, digits)
     assert set(errors) == {"real", "mixed", "black", "white", "noise"}

@@ -118,14 +118,57 @@ def test_a_failed_save_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="extra"):
         save_flow(folder, CONFIG, broken)
 
-    def full_disk(self: Path, data: bytes) -> int:
-        raise OSError("no space left")
+    calls = iter(range(10))
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    def full_disk(handle: int) -> None:
+        if next(calls) == 1:
+            raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_flow(folder, CONFIG, random_glow(CONFIG, seed=1).state_dict())
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in folder.parent.iterdir()] == ["flow"]
+
+
+def test_a_save_that_is_cut_between_two_files_is_found_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def cut(self: Path, target: Path) -> Path:
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_flow(folder, CONFIG, random_glow(CONFIG, seed=1).state_dict())
+    with pytest.raises(CheckpointError, match="is damaged or another file"):
+        load_flow(folder)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_behind_a_link_stays_a_link(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    save_flow(link, CONFIG, random_glow(CONFIG, seed=1).state_dict())
+    assert link.is_symlink()
+    assert load_flow(link) is load_flow(folder)
+
+
+def test_threads_share_one_flow(folder: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        flows = list(pool.map(load_flow, [folder] * 4))
+    assert len({id(flow) for flow in flows}) == 1
+
+
+def test_a_revision_is_only_for_the_hub(folder: Path) -> None:
+    for source in (folder, str(folder), "digits"):
+        with pytest.raises(ValueError, match="is for Hugging Face repositories"):
+            load_flow(source, revision="v1")
 
 
 def test_sha256_of_the_caller_is_checked(folder: Path) -> None:
@@ -209,7 +252,7 @@ def test_nothing_is_unpickled(
     (folder / "model.safetensors").write_bytes(bomb)
     weights = {"sha256": hashlib.sha256(bomb).hexdigest(), "bytes": len(bomb)}
     edit(folder, weights=weights)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is no safetensors file of ours"):
         load_flow(folder)
     torch.save({"a": _Bomb()}, tmp_path / "old.pt")
     with pytest.raises(CheckpointError, match="holds more than tensors"):

@@ -45,6 +45,7 @@ def test_a_folder_with_classes(tmp_path: Path, pictures: np.ndarray) -> None:
     data = load_images(tmp_path)
     assert data.labels is not None
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.classes == ("cat", "dog")
     order = [1, 3, 5, 0, 2, 4]
     assert torch.equal(data.images, torch.from_numpy(pictures[order]).permute(0, 3, 1, 2))
 
@@ -122,6 +123,19 @@ def test_archives_that_do_not_fit(tmp_path: Path, pictures: np.ndarray) -> None:
         load_images(tmp_path / "empty.npz")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_images(tmp_path / "none.npy")
+
+
+def test_arrays_are_resized_too(tmp_path: Path, pictures: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", pictures)
+    assert load_images(tmp_path / "x.npy", size=6).images.shape == (6, 3, 6, 6)
+
+
+def test_pictures_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    for i in range(2):
+        deep = np.full((8, 8), 40_000, dtype=np.uint16)
+        Image.fromarray(deep).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        load_images(tmp_path)
 
 
 def test_sources_that_are_nothing(tmp_path: Path) -> None:

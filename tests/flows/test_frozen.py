@@ -263,6 +263,7 @@ def test_the_backward_happens_once_and_low_memory_keeps_only_the_image() -> None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         x = flow.decode(z)
     assert [tuple(t.shape) for t in saved] == [tuple(x.shape)]
+    x.clamp_(0, 1)  # what was saved is not the image that the caller holds
     (g,) = torch.autograd.grad(x.square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(g.sum(), z)
@@ -285,9 +286,12 @@ def test_moving_a_flow_returns_it_or_a_new_one_and_never_changes_it() -> None:
     flow = pair("rgb", torch.float32)[1]
     assert flow.to("cpu") is flow
     assert flow.to(dtype=torch.float32, memory="tape") is flow
-    double = flow.to(dtype=torch.float64)
-    assert (double.dtype, double.compute_dtype) == (torch.float64, torch.float64)
-    assert flow.dtype == torch.float32
+    low = flow.to(compute_dtype=torch.bfloat16)
+    assert (low.dtype, low.compute_dtype) == (torch.float32, torch.bfloat16)
+    assert flow.compute_dtype == torch.float32
+    for more in ({"dtype": torch.float64}, {"compute_dtype": torch.float32}):
+        with pytest.raises(ValueError, match="needs more precision than the weights still have"):
+            low.to(**more)
     meta = flow.to("meta")
     assert meta.decode(torch.zeros(1, flow.latent_dim, device="meta")).device.type == "meta"
     with pytest.raises(ValueError, match="the flow is on meta and the batch on cpu"):
@@ -323,6 +327,75 @@ def test_it_is_a_manifold() -> None:
 def test_wrong_input_is_one_clear_sentence(call: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call(pair("rgb", torch.float32)[1])
+
+
+def test_the_tape_is_freed_with_the_backward() -> None:
+    flow = pair("rgb", torch.float32)[1]
+    z = torch.zeros(2, flow.latent_dim, requires_grad=True)
+    x = flow.decode(z)
+    x.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        x.sum().backward()
+
+
+def test_low_memory_gradients_are_finite_where_the_logit_saturates(digits: Tensor) -> None:
+    flow = pair("digits", torch.float32)[1]
+    z = 8 * torch.randn(64, 64)
+    for memory in ("tape", "low"):
+        leaf = z.clone().requires_grad_()
+        flow.to(memory=memory).decode(leaf).sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all(), memory
+
+
+def test_samples_of_a_class_conditional_flow_follow_their_class() -> None:
+    config = RANDOM["classes"]
+    model = random_glow(config)
+    with torch.no_grad():
+        for q in model.q0:
+            q.loc.copy_(10 * torch.arange(4.0).expand_as(q.loc))
+    flow = freeze(config, model.state_dict())
+    labels = torch.tensor([0, 1, 2, 3])
+    draws: list[Tensor] = []
+    original = FrozenGlow.decode
+    try:
+        FrozenGlow.decode = lambda self, z: draws.append(z) or original(self, z)  # type: ignore
+        flow.sample(4, labels=labels)
+        flow.sample(400)
+    finally:
+        FrozenGlow.decode = original  # type: ignore[method-assign]
+    given, random = (d * flow.std + flow.mean for d in draws)
+    assert torch.equal((given.mean(1) / 10).round(), labels.float())
+    assert set((random.mean(1) / 10).round().tolist()) == {0.0, 1.0, 2.0, 3.0}
+    with pytest.raises(ValueError, match="do not fit"):
+        flow.sample(3, labels=labels)
+    with pytest.raises(ValueError, match="class-conditional"):
+        pair("rgb", torch.float32)[1].sample(4, labels=labels)
+
+
+def test_a_default_device_does_not_matter() -> None:
+    state = random_glow(RANDOM["rgb"]).state_dict()
+    with torch.device("meta"):
+        flow = freeze(RANDOM["rgb"], state)
+    assert flow.encode(images(flow)).isfinite().all()
+
+
+def test_a_gradient_of_another_batch_is_refused() -> None:
+    flow = pair("rgb", torch.float32)[1]
+    _, tape = flow.encode_with_tape(images(flow, 4))
+    with pytest.raises(ValueError, match="the tape was recorded for"):
+        flow.vjp(tape, images(flow, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_is_exact_on_a_gpu_too(name: str) -> None:
+    """cuDNN's TF32 would round trip to 4e-3."""
+    flow = pair(name, torch.float32)[1].to("cuda")
+    x = torch.rand(8, *flow.shape, device="cuda")
+    assert (flow.decode(flow.encode(x)) - x).abs().max() <= 1e-5
+    cpu = pair(name, torch.float32)[1]
+    torch.testing.assert_close(flow.encode(x).cpu(), cpu.encode(x.cpu()), rtol=1e-4, atol=1e-3)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name() -> None:

@@ -117,7 +117,7 @@ def test_a_training_is_never_overwritten_by_accident(
     trained: Path, tmp_path: Path, data: ImageData
 ) -> None:
     before = (trained / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="go on with resume"):
+    with pytest.raises(FileExistsError, match="start anew with overwrite"):
         train_flow(data, CONFIG, trained, SHORT, quiet=True)
     assert (trained / "model.safetensors").read_bytes() == before
     out = tmp_path / "flow"
@@ -161,8 +161,68 @@ def test_autocast_that_the_launcher_asks_for_is_refused(
 
 def test_resuming_another_network_is_refused(trained: Path, data: ImageData) -> None:
     other = dataclasses.replace(CONFIG, hidden=8)
-    with pytest.raises(ValueError, match="belongs to another network"):
+    with pytest.raises(ValueError, match="belongs to another training: its network"):
         train_flow(data, other, trained, SHORT, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"held_out": 0.2}, {"batch_size": 64}, {"optimizer": "adamw"}]
+)
+def test_resuming_with_other_held_out_images_is_refused(
+    trained: Path, data: ImageData, change: dict
+) -> None:
+    """Else images that chose the best weights would have been trained on."""
+    recipe = dataclasses.replace(SHORT, **change)
+    with pytest.raises(ValueError, match=f"another training: its {next(iter(change))}"):
+        train_flow(data, CONFIG, trained, recipe, resume=True, quiet=True)
+
+
+def test_resuming_on_other_images_or_a_damaged_state_is_refused(
+    trained: Path, tmp_path: Path, data: ImageData
+) -> None:
+    other = dataclasses.replace(data, images=data.images.flip(3))
+    with pytest.raises(ValueError, match="another training: its images"):
+        train_flow(other, CONFIG, trained, SHORT, resume=True, quiet=True)
+    state = tmp_path / "training" / "state.safetensors"
+    state.parent.mkdir()
+    state.write_bytes((trained / "training" / "state.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        train_flow(data, CONFIG, tmp_path, SHORT, resume=True, quiet=True)
+
+
+def test_resume_without_a_state_does_not_retrain_over_a_finished_flow(
+    trained: Path, tmp_path: Path, data: ImageData
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="already holds a flow"):
+        train_flow(data, CONFIG, tmp_path, SHORT, resume=True, quiet=True)
+    with pytest.raises(ValueError, match="choose one of them"):
+        train_flow(data, CONFIG, trained, SHORT, resume=True, overwrite=True, quiet=True)
+
+
+def test_labels_that_the_network_of_the_calibration_never_saw_do_no_harm(
+    tmp_path: Path, data: ImageData
+) -> None:
+    assert data.labels is not None
+    few = data.take((data.labels < 5).nonzero().flatten())
+    recipe = dataclasses.replace(SHORT, epochs=0.3)
+    test = load_images("digits", train=False)
+    out = train_flow(few, CONFIG, tmp_path / "a", recipe, test=test, quiet=True)
+    assert load_flow(out).info["calibration"]["linf"]
+    unlabelled = dataclasses.replace(data, labels=torch.full_like(data.labels, -1))
+    out = train_flow(unlabelled, CONFIG, tmp_path / "b", recipe, quiet=True)
+    assert load_flow(out).info["calibration"]["linf"]
+
+
+def test_a_validation_that_is_not_a_number_never_wins(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ijsat_aug.flows import trainer
+
+    values = iter([3.0, math.nan])
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: next(values))
+    out = train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
+    assert load_flow(out).info["training"]["best_step"] == 10
 
 
 def test_a_killed_training_leaves_a_state_that_resumes(tmp_path: Path) -> None:
@@ -263,7 +323,9 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
     out = tmp_path / "flow"
     wrong = {
         "built for": dataclasses.replace(CONFIG, shape=(3, 8, 8)),
-        "grey level 16, but bins=16": dataclasses.replace(CONFIG, bins=16),
+        "flow bins=16": dataclasses.replace(CONFIG, bins=16),
+        "flow bins=256; build it with bins=images.bins": dataclasses.replace(CONFIG, bins=256),
+        "labels 0 to 9, but num_classes=5": dataclasses.replace(CONFIG, num_classes=5),
     }
     for message, config in wrong.items():
         with pytest.raises(ValueError, match=message):
