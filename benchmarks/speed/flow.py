@@ -146,18 +146,16 @@ def measure(batch: int, rounds: int) -> dict[str, Any]:
     """All ratios of one setting."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs, kept = contenders(batch, device)
-    seconds = interleave(runs, rounds)
-    result: dict[str, Any] = {"ms": {k: median_ms(v) for k, v in seconds.items()}}
+    timed: dict[str, Callable[[], object]] = dict(runs)
     if device == "cuda":
-        replays = {f"{k}, CUDA graph": graphed(run) for k, run in runs.items() if k != "normflows"}
-        replayed = interleave(replays, rounds)
-        result["ms"] |= {k: median_ms(v) for k, v in replayed.items()}
-        seconds |= replayed
+        timed |= {f"{k}, CUDA graph": graphed(run) for k, run in runs.items() if k != "normflows"}
+    seconds = interleave(timed, rounds)
+    result: dict[str, Any] = {"ms": {k: median_ms(v) for k, v in seconds.items()}}
     ratios = {}
     for name, times in seconds.items():
-        for base in ("normflows", "resnet18"):
-            if name not in ("normflows", "resnet18"):
-                ratios[f"{name} / {base}"] = ratio(times, seconds[base])
+        bases = ("normflows", "resnet18", "resnet18, CUDA graph")
+        for base in (b for b in bases if b in seconds and name not in bases):
+            ratios[f"{name} / {base}"] = ratio(times, seconds[base])
     result["ratios"] = ratios
     result["kept_mib"] = {k: round(v / 2**20, 2) for k, v in kept.items()}
     result["memory_ratios"] = {
