@@ -36,8 +36,8 @@ def flows_table() -> str:
     lines.append("")
     lines.append(
         "Round trip: the largest |decode(encode(x)) − x| on real, mixed, black, white and noise "
-        "images. In bf16: the same on real images with bfloat16 coupling networks, and the share of "
-        "signs of the latent gradient that stay."
+        "images. In bf16: the same on real images with bfloat16 coupling networks, and the share "
+        "of signs of the latent gradient that stay."
     )
     return "\n".join(lines)
 

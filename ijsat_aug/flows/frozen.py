@@ -29,7 +29,7 @@ class Tape:
         >>> flow = ijsat_aug.load_flow("digits")
         >>> _, tape = flow.encode_with_tape(torch.rand(2, 1, 8, 8))
         >>> len(tape), tape.nbytes()
-        (2, 49664)
+        (2, 47616)
     """
 
     blocks: tuple[Kept, ...]

@@ -341,7 +341,7 @@ def test_two_processes_train_one_flow(tmp_path: Path) -> None:
     """`torchrun` with two gloo processes: same weights everywhere, one checkpoint."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import hashlib, sys, torch\n"
+        "import hashlib, pathlib, sys, torch\n"
         "from ijsat_aug.flows import GlowConfig, Recipe, load_images, train_flow\n"
         "from ijsat_aug.flows import trainer\n"
         "torch.set_num_threads(1)\n"
@@ -357,18 +357,20 @@ def test_two_processes_train_one_flow(tmp_path: Path) -> None:
         "state = runs[0].accelerator.unwrap_model(runs[0].model).state_dict()\n"
         "digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values()))\n"
         "rank, world = runs[0].accelerator.process_index, runs[0].accelerator.num_processes\n"
-        "print('RANK', rank, world, runs[0].progress.step, digest.hexdigest(), flush=True)\n"
+        "assert pathlib.Path(sys.argv[1], 'config.json').exists()\n"
+        "line = f'{rank} {world} {runs[0].progress.step} {digest.hexdigest()}'\n"
+        "pathlib.Path(sys.argv[2], f'rank{rank}').write_text(line)\n"
     )
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(script), str(tmp_path / "flow"),
+        str(script), str(tmp_path / "flow"), str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = sorted(line.split()[1:] for line in done.stdout.splitlines() if "RANK" in line)
+    ranks = [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)]
     assert [r[:3] for r in ranks] == [["0", "2", "20"], ["1", "2", "20"]]
     assert ranks[0][3] == ranks[1][3]
     config = json.loads((tmp_path / "flow" / "config.json").read_text())
