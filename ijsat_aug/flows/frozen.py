@@ -244,8 +244,8 @@ class FrozenGlow:
             device: Where the weights shall lie.
             dtype: Precision of the state. It can only fall, as can ``compute_dtype``.
             compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
-            memory: ``"tape"`` keeps what the gradient of ``decode`` needs; ``"low"`` keeps the
-                image alone and inverts the flow block by block on the way back.
+            memory: ``"tape"`` keeps what the gradient of ``decode`` needs; ``"low"`` keeps no more
+                than an image and inverts the flow block by block on the way back.
 
         Example:
             >>> import ijsat_aug
@@ -288,7 +288,7 @@ class FrozenGlow:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenGlow:
-        return self  # nothing in it can change
+        return self  # frozen, and shared by all who use it
 
     def _image(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:

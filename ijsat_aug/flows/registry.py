@@ -147,7 +147,8 @@ def _from_hub(repository: str, revision: str | None, prefix: str) -> Path:
         ]
     except Exception as error:  # the hub client raises errors of several libraries
         raise CheckpointError(
-            f"cannot fetch {repository!r} from the Hugging Face hub: {_first_line(error)}"
+            f"cannot fetch {repository!r} from the Hugging Face hub, and there is no such folder: "
+            f"{_first_line(error)}"
         ) from error
     return paths[0].parent
 
