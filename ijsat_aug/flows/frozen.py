@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -423,16 +424,23 @@ def _exactly(tensor: Tensor) -> Iterator[None]:
         if torch.amp.is_autocast_available(device):
             stack.enter_context(torch.autocast(device, enabled=False))
         if device == "cuda":
-            cudnn = torch.backends.cudnn
-            stack.enter_context(
-                cudnn.flags(
-                    enabled=cudnn.enabled,
-                    benchmark=cudnn.benchmark,
-                    deterministic=cudnn.deterministic,
-                    allow_tf32=False,
-                )
-            )
+            stack.enter_context(_without_tf32())
         yield
+
+
+def _without_tf32() -> AbstractContextManager[None]:
+    """The flags of cuDNN as they are, but convolutions of float32 in float32."""
+    cudnn = torch.backends.cudnn
+    flags: Any = cudnn.flags
+    newer = "fp32_precision" in inspect.signature(flags).parameters
+    context: AbstractContextManager[None] = flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+        **({"fp32_precision": "ieee"} if newer else {}),
+    )
+    return context
 
 
 def _unshuffle(h: Tensor) -> Tensor:

@@ -387,6 +387,18 @@ def test_a_gradient_of_another_batch_is_refused() -> None:
         flow.vjp(tape, images(flow, 1))
 
 
+def test_tf32_is_off_inside_and_as_before_outside() -> None:
+    from ijsat_aug.flows.frozen import _without_tf32
+
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        with _without_tf32():
+            assert not cudnn.allow_tf32
+            assert cudnn.benchmark
+            assert cudnn.enabled
+        assert cudnn.allow_tf32
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_is_exact_on_a_gpu_too(name: str) -> None:
