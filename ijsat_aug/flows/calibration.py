@@ -77,10 +77,11 @@ def _table(
     etas: Sequence[float],
     seed: int,
 ) -> dict[str, Any]:
+    z = flow.encode(images)
     targets = None if labels is None else labels.to(flow.device)
     directions = {
         "random": _random_direction(seed),
-        "gradient": _gradient_direction(flow, network, targets),
+        "gradient": _gradient_direction(flow, network, images, targets),
         "worst": _worst_direction(flow, seed),
     }
     table: dict[str, Any] = {"images": len(images), "seed": seed}
@@ -89,7 +90,7 @@ def _table(
         table[norm] = [
             {
                 "eta": eta * unit,
-                **{name: _measure(flow, images, find, norm, eta * unit)
+                **{name: _measure(flow, images, z, find, norm, eta * unit)
                    for name, find in directions.items()},
             }
             for eta in etas
@@ -162,17 +163,21 @@ def _random_direction(seed: int) -> Find:
     return find
 
 
-def _gradient_direction(flow: FrozenGlow, network: nn.Module, labels: Tensor | None) -> Find:
+def _gradient_direction(
+    flow: FrozenGlow, network: nn.Module, images: Tensor, labels: Tensor | None
+) -> Find:
+    _, tape = flow.encode_with_tape(images)
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        logits = network(leaf)
+        # Without labels the images are shown as they are: class 0 is "not mirrored".
+        y = labels if labels is not None else torch.zeros(len(images), dtype=torch.long)
+        loss = F.cross_entropy(logits, y.to(images.device), reduction="sum")
+        (g,) = torch.autograd.grad(loss, leaf)
+    ascent = flow.vjp(tape, g)  # the same for every radius and norm
+
     def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
-        _, tape = flow.encode_with_tape(x)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            logits = network(leaf)
-            # Without labels the images are shown as they are: class 0 is "not mirrored".
-            y = labels if labels is not None else torch.zeros(len(x), dtype=torch.long)
-            loss = F.cross_entropy(logits, y.to(x.device), reduction="sum")
-            (g,) = torch.autograd.grad(loss, leaf)
-        return _to_sphere(flow.vjp(tape, g), norm, radius)
+        return _to_sphere(ascent, norm, radius)
 
     return find
 
@@ -200,9 +205,8 @@ def _to_sphere(direction: Tensor, norm: str, radius: float) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    flow: FrozenGlow, images: Tensor, find: Find, norm: str, radius: float
+    flow: FrozenGlow, images: Tensor, z: Tensor, find: Find, norm: str, radius: float
 ) -> dict[str, float | None]:
-    z = flow.encode(images)
     moved = flow.decode(z + find(images, z, norm, radius))
     finite = moved.isfinite().flatten(1).all(1)
     away = (moved - images)[finite].flatten(1)

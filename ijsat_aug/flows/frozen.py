@@ -20,6 +20,10 @@ __all__ = ["FrozenGlow", "Memory", "Tape"]
 
 Memory = Literal["tape", "low"]
 
+# The name of full precision in newer versions of torch; the older ones know allow_tf32 alone.
+_CUDNN_FLAGS = inspect.signature(torch.backends.cudnn.flags).parameters
+_IEEE = {"fp32_precision": "ieee"} if "fp32_precision" in _CUDNN_FLAGS else {}
+
 
 @dataclass(frozen=True)
 class Tape:
@@ -432,13 +436,12 @@ def _without_tf32() -> AbstractContextManager[None]:
     """The flags of cuDNN as they are, but convolutions of float32 in float32."""
     cudnn = torch.backends.cudnn
     flags: Any = cudnn.flags
-    newer = "fp32_precision" in inspect.signature(flags).parameters
     context: AbstractContextManager[None] = flags(
         enabled=cudnn.enabled,
         benchmark=cudnn.benchmark,
         deterministic=cudnn.deterministic,
         allow_tf32=False,
-        **({"fp32_precision": "ieee"} if newer else {}),
+        **_IEEE,
     )
     return context
 

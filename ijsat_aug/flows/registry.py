@@ -53,16 +53,18 @@ def list_flows() -> list[str]:
 def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """The local folder of a checkpoint, fetched when needed, and the sha256 of its weights."""
     text = os.fspath(source)
-    on_hub = _is_hub_id(source)
+    path = Path(text).expanduser()
+    named = isinstance(source, str) and text in _registry()
+    local = named or path.is_dir()
+    on_hub = not local and isinstance(source, str) and _like_hub_id(text)
     if revision is not None and not on_hub:
         raise ValueError(
             f"revision={revision!r} is for Hugging Face repositories, and {text!r} is none; for "
             "a file that must not change give sha256=..."
         )
-    if text in _registry() and isinstance(source, str):
+    if named:
         return _named(text), _registry()[text]["model.safetensors"]
-    path = Path(text).expanduser()
-    if path.is_dir():
+    if local:
         return path, None
     if on_hub:
         return _from_hub(text, revision, ""), None
@@ -74,10 +76,8 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     )
 
 
-def _is_hub_id(source: str | Path) -> bool:
-    if not isinstance(source, str) or source in _registry() or Path(source).is_dir():
-        return False
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+def _like_hub_id(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
 @cache

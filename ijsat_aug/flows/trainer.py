@@ -95,9 +95,10 @@ def train_flow(
             name=name, license=license, training=run.summary(), device=accelerator.device,
         )  # fmt: skip
     accelerator.wait_for_everyone()  # the checkpoint is there when any process returns
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    if not grouped:
+    if grouped:  # the caller's process group is the caller's to end
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
         accelerator.end_training()
     return out
 
@@ -165,9 +166,7 @@ class _Run:
         torch.manual_seed(recipe.seed)
         model = build_glow(config).to(self.device)
         resume = resume and self.state_file.is_file()
-        if resume:
-            _mark_initialised(model)
-        else:
+        if not resume:  # a state brings its own, flags included
             self._initialise(model)
             if accelerator.is_main_process:
                 self.state_file.unlink(missing_ok=True)
@@ -393,12 +392,6 @@ class _Warming:
         n = float(count)
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(averages), list(currents), weight)
-
-
-def _mark_initialised(model: nn.Module) -> None:
-    for name, flag in model.named_buffers():
-        if name.endswith("data_dep_init_done"):
-            flag.fill_(1)
 
 
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -78,7 +78,7 @@ def test_the_gradient_direction_raises_the_loss_of_the_network(
     accuracy = (network(x).argmax(1) == y).float().mean()
     assert accuracy > 0.9, "the small network must have learnt something"
     z = flow.encode(x)
-    step = _gradient_direction(flow, network, y)(x, z, "linf", 0.05)
+    step = _gradient_direction(flow, network, x, y)(x, z, "linf", 0.05)
     loss = nn.functional.cross_entropy
     before, after = (float(loss(network(flow.decode(z + s)), y)) for s in (0 * step, step))
     chance = float(loss(network(flow.decode(z + 0.05 * torch.randn_like(z).sign())), y))
