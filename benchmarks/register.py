@@ -14,12 +14,15 @@ FILES = ("config.json", "README.md", "model.safetensors")
 
 
 def checksums() -> dict[str, dict[str, str]]:
-    """Name -> file -> sha256 of every checkpoint in ``pretrained/``."""
+    """Name -> shape of the images, and file -> sha256, of every checkpoint in ``pretrained/``."""
     folders = sorted(path.parent for path in PRETRAINED.glob("*/model.safetensors"))
-    return {
-        folder.name: {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in FILES}
-        for folder in folders
-    }
+    return {folder.name: _entry(folder) for folder in folders}
+
+
+def _entry(folder: Path) -> dict[str, str]:
+    shape = json.loads((folder / "config.json").read_text())["architecture"]["shape"]
+    files = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in FILES}
+    return {"shape": "x".join(map(str, shape)), **files}
 
 
 if __name__ == "__main__":

@@ -6,21 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import flows
+    from . import attack, flows, transforms
     from .flows.checkpoint import load_flow, save_flow
     from .flows.frozen import FrozenGlow
     from .flows.glow import GlowConfig
     from .flows.recipe import Recipe
     from .flows.registry import CheckpointError, list_flows
     from .flows.trainer import train_flow
+    from .transforms import functional
+    from .transforms.batch import BatchTransform
+    from .transforms.joint_space import JointSpaceAdv
 
 __version__ = "0.1.0.dev0"
 
 # Loaded on first use, so that the import costs no more than torch.
 _HOMES = {
+    "BatchTransform": "transforms.batch",
     "CheckpointError": "flows.registry",
     "FrozenGlow": "flows.frozen",
     "GlowConfig": "flows.glow",
+    "JointSpaceAdv": "transforms.joint_space",
     "Recipe": "flows.recipe",
     "list_flows": "flows.registry",
     "load_flow": "flows.checkpoint",
@@ -28,22 +33,30 @@ _HOMES = {
     "train_flow": "flows.trainer",
 }
 
+_ROOMS = {n: n for n in ("attack", "flows", "transforms")}
+_ROOMS["functional"] = "transforms.functional"
+
 __all__ = [
+    "BatchTransform",
     "CheckpointError",
     "FrozenGlow",
     "GlowConfig",
+    "JointSpaceAdv",
     "Recipe",
+    "attack",
     "flows",
+    "functional",
     "list_flows",
     "load_flow",
     "save_flow",
     "train_flow",
+    "transforms",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "flows":
-        return import_module(".flows", __name__)
+    if name in _ROOMS:
+        return import_module(f".{_ROOMS[name]}", __name__)
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Manifold"]
+__all__ = ["Manifold", "TapedManifold"]
 
 
 @runtime_checkable
@@ -32,3 +32,20 @@ class Manifold(Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to images, differentiable with respect to ``z``; not clipped."""
+
+
+@runtime_checkable
+class TapedManifold(Manifold, Protocol):
+    """A manifold whose ``encode`` can record the gradient of ``decode``.
+
+    Example:
+        >>> import ijsat_aug
+        >>> isinstance(ijsat_aug.load_flow("digits"), TapedManifold)
+        True
+    """
+
+    def encode_with_tape(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The latents, and a tape for :meth:`vjp` at them."""
+
+    def vjp(self, tape: Any, g: Tensor) -> Tensor:
+        """The gradient ``g^T d decode(z) / dz`` where the tape was recorded."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from .files import write_atomically
 
-__all__ = ["CheckpointError", "cache_home", "list_flows", "locate"]
+__all__ = ["CheckpointError", "cache_home", "image_sizes", "list_flows", "locate"]
 
 _FILES = ("config.json", "README.md", "model.safetensors")
 
@@ -48,6 +48,16 @@ def list_flows() -> list[str]:
         True
     """
     return sorted(_registry())
+
+
+def image_sizes() -> dict[str, str]:
+    """The images that each flow takes.
+
+    Example:
+        >>> image_sizes()["digits"]
+        '1x8x8'
+    """
+    return {name: _registry()[name]["shape"] for name in list_flows()}
 
 
 def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:

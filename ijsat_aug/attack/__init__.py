@@ -1,0 +1,25 @@
+"""The inner maximisation: climb a model's loss over a few variables, inside small balls."""
+
+from .ascent import Ascent, Landscape, Picture, Pixels, Variable, ascend
+from .balls import Ball, L2Ball, LinfBall, unit_ball
+from .friendly import ascend_friendly
+from .model import ModelHandle
+from .objectives import cross_entropy, kl_divergence, margin
+
+__all__ = [
+    "Ascent",
+    "Ball",
+    "L2Ball",
+    "Landscape",
+    "LinfBall",
+    "ModelHandle",
+    "Picture",
+    "Pixels",
+    "Variable",
+    "ascend",
+    "ascend_friendly",
+    "cross_entropy",
+    "kl_divergence",
+    "margin",
+    "unit_ball",
+]

@@ -1,0 +1,191 @@
+"""A handle on the user's model: use it in an attack and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["Mode", "Model", "ModelHandle", "logits_of", "unwrap"]
+
+Mode = Literal["eval", "train"]
+Model = Callable[..., Any]
+M = TypeVar("M", bound=Model)
+
+_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+
+
+class ModelHandle:
+    """A model that an attack may call as often as it likes.
+
+    It is not a module: the model is neither registered nor moved nor copied with what holds the
+    handle. Wrappers with side effects (DDP, DataParallel, the averaged model of EMA) are taken off;
+    a compiled model stays compiled.
+
+    Args:
+        model: A module, or any callable from images to logits; None until there is one.
+        mode: ``"eval"`` freezes dropout and BatchNorm while the attack runs; ``"train"`` uses
+            batch statistics and dropout, and puts the running statistics back afterwards.
+        amp_dtype: Precision of the model during the attack; by default the caller's autocast.
+        memory_format: Of the images that the model gets, such as ``torch.channels_last``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).train()
+        >>> handle = ModelHandle(model)
+        >>> with handle.frozen(torch.device("cpu")):
+        ...     logits = handle(torch.rand(3, 1, 2, 2))
+        >>> logits.shape, model.training, model[1].weight.requires_grad
+        (torch.Size([3, 2]), True, True)
+    """
+
+    def __init__(
+        self,
+        model: Model | None,
+        *,
+        mode: Mode = "eval",
+        amp_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+    ) -> None:
+        if not (model is None or callable(model)):
+            raise TypeError(f"model must be a module or a callable, got {type(model).__name__}.")
+        if mode not in ("eval", "train"):
+            raise ValueError(f'model_mode must be "eval" or "train", got {mode!r}.')
+        if amp_dtype is not None and not amp_dtype.is_floating_point:
+            raise ValueError(f"amp_dtype must be a floating-point type, got {amp_dtype}.")
+        self.model: Model | None = None if model is None else unwrap(model)
+        self.mode = mode
+        self.amp_dtype = amp_dtype
+        self.memory_format = memory_format
+
+    def to(self, model: Model) -> ModelHandle:
+        """A handle on another model, with the same settings."""
+        return ModelHandle(
+            model, mode=self.mode, amp_dtype=self.amp_dtype, memory_format=self.memory_format
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits in float32 at least, whatever the model computes in."""
+        if self.memory_format is not None:
+            images = images.contiguous(memory_format=self.memory_format)
+        if not torch.is_autocast_enabled(images.device.type):
+            images = images.to(self._dtype(images.dtype))
+        assert self.model is not None
+        logits = logits_of(self.model(images))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @contextmanager
+    def frozen(self, device: torch.device, seed: int | None = None) -> Iterator[None]:
+        """Gradients on, parameters and statistics frozen; everything as before afterwards.
+
+        Args:
+            device: Where the images are.
+            seed: Of dropout in ``mode="train"``; the global generator is then left alone.
+        """
+        modules = list(_parts(self.model))
+        modes = [module.training for module in modules]
+        trainable = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if self.amp_dtype is not None:
+                low = self.amp_dtype in (torch.bfloat16, torch.float16)
+                dtype = self.amp_dtype if low else None
+                stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
+            if self.mode == "train":
+                stack.enter_context(_buffers_kept(modules))
+                if seed is not None:
+                    cuda = [device] if device.type == "cuda" else []
+                    stack.enter_context(torch.random.fork_rng(cuda))
+                    torch.manual_seed(seed)
+            try:
+                # Set flag by flag: a user's own train() may do more than set them.
+                for module in modules:
+                    module.training = self.mode == "train"
+                # Also keeps frozen weights out of autocast's cache, where torch < 2.10 would leave
+                # casts without gradient for the training step.
+                for parameter in trainable:
+                    parameter.requires_grad_(False)
+                yield
+            finally:
+                for parameter in trainable:
+                    parameter.requires_grad_()
+                for module, training in zip(modules, modes, strict=True):
+                    module.training = training
+
+    def _dtype(self, default: torch.dtype) -> torch.dtype:
+        parameters = (p for m in _parts(self.model) for p in m.parameters(recurse=False))
+        return next((p.dtype for p in parameters if p.is_floating_point()), default)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle holds the settings; the model is bound again on the other side.
+        return _without_model, (self.mode, self.amp_dtype, self.memory_format)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
+        return self  # a handle is shared, the model is not copied
+
+
+def _without_model(
+    mode: Mode, amp_dtype: torch.dtype | None, memory_format: torch.memory_format | None
+) -> ModelHandle:
+    return ModelHandle(None, mode=mode, amp_dtype=amp_dtype, memory_format=memory_format)
+
+
+def unwrap(model: M) -> M | Any:
+    """The model inside DDP, DataParallel and EMA; a compiled model as it is.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 2)
+        >>> unwrap(torch.nn.DataParallel(net)) is net
+        True
+    """
+    if isinstance(model, _WRAPPERS):
+        return unwrap(model.module)
+    inner = getattr(model, "_orig_mod", None)  # of torch.compile
+    return unwrap(inner) if isinstance(inner, _WRAPPERS) else model
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, a tuple, a mapping or an object with ``.logits``.
+
+    Example:
+        >>> logits_of({"logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(output, Mapping):
+        for key in ("logits", "out", "output"):
+            if isinstance(output.get(key), Tensor):
+                return output[key]  # type: ignore[no-any-return]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits  # type: ignore[no-any-return]
+    if isinstance(output, (tuple, list)) and output:
+        return logits_of(output[0])
+    if isinstance(output, Tensor):
+        return output
+    raise TypeError(
+        f"the model returned {type(output).__name__}; it must return logits as a tensor, first in "
+        'a tuple, under the key "logits", or as the attribute .logits.'
+    )
+
+
+def _parts(model: Model | None) -> Iterator[nn.Module]:
+    """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
+    model = getattr(model, "_orig_mod", model)
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    return iter(owner.modules()) if isinstance(owner, nn.Module) else iter(())
+
+
+@contextmanager
+def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+    buffers = [b for m in modules for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

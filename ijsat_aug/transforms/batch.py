@@ -1,0 +1,157 @@
+"""The base of all transforms: a batch in, a batch of the same structure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.model import Mode, Model, ModelHandle
+from .checks import check_images, check_place
+from .randomness import Randomness
+from .scale import Scale
+from .structure import LabelsGetter, take_apart
+
+__all__ = ["BatchTransform"]
+
+Self = TypeVar("Self", bound="BatchTransform")
+
+
+class BatchTransform(nn.Module):
+    """A transform of whole batches that asks a model.
+
+    ``t(x, y)``, ``t((x, y, *rest))``, ``t({"image": x, "label": y, ...})`` and ``t(x)`` return what
+    they got, with other images. After ``t.eval()`` it is the identity. The model is a handle: it is
+    no submodule, so that nothing of it enters ``parameters()``, ``state_dict()``, ``.to()``,
+    ``deepcopy`` or a pickle.
+
+    A subclass draws all that is random in :meth:`make_params` and uses it in :meth:`transform`.
+
+    Args:
+        model: The model that is attacked; it may come later, by :meth:`bind`.
+        p: Probability that a batch is transformed at all.
+        mean: Of the normalisation of the batches; without it they are in [0, 1].
+        std: Of the normalisation of the batches.
+        labels_getter: Where the labels are: ``"default"`` (the second item, or the key ``labels``,
+            ``label``, ``target``, ...), another key, a callable that gets the batch, or None.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the attack runs.
+        amp_dtype: Autocast of the model in the attack; by default the caller's.
+        memory_format: Of the images inside the attack, such as ``torch.channels_last``.
+        generator: A generator or a seed; the global random state is then left alone.
+
+    Attributes:
+        last: Detached tensors about the last batch; empty when it was left as it was.
+
+    Example:
+        >>> class Darker(BatchTransform):
+        ...     def make_params(self, images, labels):
+        ...         return {"factor": self.random.uniform((len(images), 1, 1, 1), images.device)}
+        ...     def transform(self, images, labels, params):
+        ...         return images * params["factor"], labels
+        >>> darker = Darker(torch.nn.Identity(), generator=0)
+        >>> batch = {"image": torch.ones(2, 3, 4, 4), "path": ["a", "b"]}
+        >>> bool((darker(batch)["image"] < 1).all()), darker.eval()(batch) is batch
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        p: float = 1.0,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        labels_getter: LabelsGetter = "default",
+        model_mode: Mode = "eval",
+        amp_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        generator: torch.Generator | int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is a probability, got {p!r}.")
+        self.p = p
+        self.scale = Scale.of(mean, std)
+        self.labels_getter = labels_getter
+        self.handle = ModelHandle(
+            model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format
+        )
+        self.random = Randomness(generator)
+        self.last: dict[str, Tensor] = {}
+        self._seen: set[torch.device] = set()
+
+    @property
+    def model(self) -> Model | None:
+        """The model without its wrappers, or None."""
+        return self.handle.model
+
+    def bind(self: Self, model: Model) -> Self:
+        """Set the model, and return the transform.
+
+        Example:
+            >>> net = torch.nn.Identity()
+            >>> BatchTransform().bind(net).model is net
+            True
+        """
+        self.handle = self.handle.to(model)
+        return self
+
+    def forward(self, *batch: Any) -> Any:
+        """The batch with other images."""
+        if not self.training:
+            return batch[0] if len(batch) == 1 else batch
+        check_place()
+        parts = take_apart(batch, self.labels_getter)
+        check_images(parts.images)
+        if self.model is None:
+            raise ValueError(
+                f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
+            )
+        images = parts.images.as_subclass(Tensor)  # torchvision's Image is put on again below
+        self.check(images, parts.labels)
+        self.last = {}
+        if len(images) == 0 or not self.random.chance(self.p):
+            return parts.rebuild(parts.images.detach(), parts.labels)
+        params = self.make_params(images, parts.labels)
+        images, labels = self.transform(images, parts.labels, params)
+        return parts.rebuild(images.as_subclass(type(parts.images)), labels)
+
+    def check(self, images: Tensor, labels: Tensor | None) -> None:
+        """Refuse a bad batch before anything runs."""
+        self.scale.check(images, values=self.careful(images))
+
+    def careful(self, images: Tensor) -> bool:
+        """Whether to look at values too: always on the host, once on a device."""
+        return images.device.type == "cpu" or images.device not in self._seen
+
+    def make_params(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """All that is random for one batch."""
+        raise NotImplementedError
+
+    def transform(
+        self, images: Tensor, labels: Tensor | None, params: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The new images and labels, given what :meth:`make_params` drew."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The settings that differ from their defaults."""
+        kind = type(self.model).__name__ if self.model is not None else None
+        shown: dict[str, Any] = {
+            "model": kind,
+            "p": self.p,
+            "mean": self.scale.mean,
+            "std": self.scale.std,
+        }
+        shown |= {"model_mode": self.handle.mode, "amp_dtype": self.handle.amp_dtype}
+        usual: dict[str, Any] = {
+            "p": 1.0,
+            "mean": None,
+            "std": None,
+            "model_mode": "eval",
+            "amp_dtype": None,
+        }
+        kept = {k: v for k, v in shown.items() if k not in usual or v != usual[k]}
+        return ", ".join(f"{name}={value}" for name, value in kept.items())

@@ -1,0 +1,79 @@
+"""Bad input, told before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from ..flows.manifold import Manifold
+from ..flows.registry import image_sizes
+
+__all__ = ["check_flow", "check_images", "check_manifold", "check_place", "check_start"]
+
+
+def check_images(images: Any) -> None:
+    """A batch of floating images."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"a batch of images must be a tensor (B, C, H, W), got {type(images).__name__}; apply "
+            "the transform after the samples were collated."
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"the images are {images.dtype}, floats in [0, 1] are needed: divide 8-bit images by "
+            "255, or use v2.ToDtype(torch.float32, scale=True)."
+        )
+    if images.ndim != 4:
+        raise ValueError(
+            f"the images have shape {tuple(images.shape)}, a batch (B, C, H, W) is needed: apply "
+            "the transform after the samples were collated."
+        )
+
+
+def check_manifold(flow: Any) -> Manifold:
+    """A flow."""
+    if flow is None:
+        raise ValueError("a latent move needs a flow: pass one, or eta=0 for pixels alone.")
+    if not isinstance(flow, Manifold):
+        raise TypeError(
+            f"flow must have shape, latent_dim, encode and decode, got {type(flow).__name__}; "
+            'load one with ijsat_aug.load_flow("cifar10").'
+        )
+    return flow
+
+
+def check_flow(flow: Manifold | None, images: Tensor) -> None:
+    """A flow that takes these images."""
+    flow = check_manifold(flow)
+    if tuple(images.shape[1:]) != tuple(flow.shape):
+        raise ValueError(
+            f"the flow takes images of {_size(flow.shape)}, the batch has {_size(images.shape[1:])}"
+            f" (known flows: {_known()}): resize the images to {flow.shape[1]}x{flow.shape[2]}, or "
+            "train a flow at their size with `ijsat-aug train-flow`."
+        )
+
+
+def check_start(name: str, start: Tensor | None, shape: Sequence[int]) -> None:
+    """A start of the right shape."""
+    if start is not None and tuple(start.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(start.shape)}.")
+
+
+def check_place() -> None:
+    """Not in a worker of a DataLoader, whose copy of the model never learns."""
+    if get_worker_info() is not None:
+        raise ValueError(
+            "this transform runs in a DataLoader worker, where the model is a stale copy: apply it "
+            "in the training loop, to the batch that the loader yields."
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _known() -> str:
+    return ", ".join(f"{name} {size}" for name, size in image_sizes().items())

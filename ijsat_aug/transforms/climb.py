@@ -1,0 +1,161 @@
+"""One joint-space attack on one batch: everything random or remembered comes in from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attack.ascent import Ascent, Landscape, Picture, Pixels, Variable, ascend, begin, finish
+from ..attack.balls import BALLS
+from ..attack.friendly import ascend_friendly
+from ..attack.model import ModelHandle
+from ..flows.manifold import Manifold
+from .joint_picture import exact, linear
+from .labels import check_logits
+from .scale import Scale
+from .threat import Threat
+
+__all__ = ["Outcome", "climb"]
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The new batch, and what an observer may want to know of it."""
+
+    images: Tensor
+    facts: dict[str, Tensor]
+
+
+def climb(
+    images: Tensor,
+    target: Tensor | Callable[[Tensor], Tensor] | None,
+    handle: ModelHandle,
+    flow: Manifold | None,
+    threat: Threat,
+    scale: Scale,
+    *,
+    pixel_start: Tensor | None = None,
+    latent_start: Tensor | None = None,
+    seed: int | None = None,
+    careful: bool = True,
+) -> Outcome:
+    """Attack a batch; ``careful`` checks values too, which costs a host sync on a GPU."""
+    starts = (pixel_start if threat.moves_pixels else None,
+              latent_start if threat.moves_latent else None)  # fmt: skip
+    idle = threat.steps == 0 and all(start is None for start in starts)
+    if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
+        return Outcome(images.detach(), {})
+    with handle.frozen(images.device, seed):
+        images = images.clone() if images.is_inference() else images.detach()
+        pixels = scale.to_pixels(images).clamp(0, 1)
+        if handle.memory_format is not None:
+            pixels = pixels.contiguous(memory_format=handle.memory_format)
+        model = _checked(lambda image: handle(scale.to_model(image)), target, threat, careful)
+        goal = _goal(model, pixels, target, threat, *starts)
+        picture, variables = _space(pixels, flow, threat, *starts)
+        landscape = Landscape(picture, model, threat.losses, goal, threat.targeted)
+        found = _search(landscape, variables, threat)
+        new = scale.moved(images, pixels, found.image)
+        new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
+        return Outcome(torch.empty_like(images).copy_(new), _facts(found, variables, threat))
+
+
+def _space(
+    pixels: Tensor,
+    flow: Manifold | None,
+    threat: Threat,
+    pixel_start: Tensor | None,
+    latent_start: Tensor | None,
+) -> tuple[Picture, dict[str, Variable]]:
+    """What moves, and the picture of it."""
+    pixel_ball = BALLS[threat.norm]
+    moves, size = threat.pixel_moves, threat.pixel_step
+    if not threat.moves_latent:
+        ball = pixel_ball(pixels, threat.eps, (0.0, 1.0))
+        start = pixels if pixel_start is None else ball.project(pixels + pixel_start)
+        return Pixels(), {"pixel": Variable(start, ball, size, moves)}
+    assert flow is not None
+    if threat.method == "linear":
+        z, picture = linear(flow, pixels)
+    else:
+        z, picture = exact(flow, pixels, zero_start=latent_start is None)
+    latent_ball = BALLS[threat.latent_norm](z, threat.eta)
+    start = z if latent_start is None else latent_ball.project(z + latent_start)
+    variables = {"latent": Variable(start, latent_ball, threat.latent_step, threat.latent_moves)}
+    if threat.moves_pixels:
+        nothing = torch.zeros_like(pixels)
+        ball = pixel_ball(nothing, threat.eps)
+        start = nothing if pixel_start is None else ball.project(nothing + pixel_start)
+        variables["pixel"] = Variable(start, ball, size, moves)
+    return picture, variables
+
+
+def _goal(
+    model: Model,
+    pixels: Tensor,
+    target: Tensor | Callable[[Tensor], Tensor] | None,
+    threat: Threat,
+    pixel_start: Tensor | None,
+    latent_start: Tensor | None,
+) -> Tensor | Callable[[Tensor], Tensor]:
+    """What the objective compares with: given, or asked of the model."""
+    starts = {"pixel": pixel_start is not None, "latent": latent_start is not None}
+    if threat.objective == "kl":
+        threat.check_start(**starts)
+        with torch.no_grad():
+            return model(pixels).log_softmax(1)
+    if target is not None:
+        return target
+    if threat.begins_clean(**starts) or threat.steps == 0:
+        return _prediction
+    with torch.no_grad():
+        return _prediction(model(pixels))
+
+
+def _prediction(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
+def _search(landscape: Landscape, variables: dict[str, Variable], threat: Threat) -> Ascent:
+    if threat.steps == 0:  # nothing but the start, whose loss nobody asked for
+        values = begin(variables)
+        unknown = torch.full_like(next(iter(values.values())).flatten(1)[:, 0], torch.nan)
+        return finish(
+            landscape.picture(values), values, unknown, unknown, torch.zeros_like(unknown)
+        )
+    if threat.tau is not None:
+        return ascend_friendly(landscape, variables, threat.tau)
+    return ascend(landscape, variables, best=threat.best)
+
+
+def _checked(
+    model: Model,
+    target: Tensor | Callable[[Tensor], Tensor] | None,
+    threat: Threat,
+    careful: bool,
+) -> Model:
+    """The model, whose first logits are compared with what the objective expects of them."""
+    unchecked = not callable(threat.objective)
+    known = target if isinstance(target, Tensor) else None
+
+    def call(image: Tensor) -> Tensor:
+        nonlocal unchecked
+        logits = model(image)
+        if unchecked:
+            check_logits(logits, len(image), known, values=careful)
+            unchecked = False
+        return logits
+
+    return call
+
+
+def _facts(found: Ascent, variables: dict[str, Variable], threat: Threat) -> dict[str, Tensor]:
+    sign = -1.0 if threat.targeted else 1.0
+    norms = {f"{name}_norm": v.ball.distance(found.values[name]) for name, v in variables.items()}
+    losses = {"loss_start": sign * found.first, "loss": sign * found.last}
+    return {**losses, **norms, "fallback": ~found.finite}

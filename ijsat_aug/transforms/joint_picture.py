@@ -1,0 +1,97 @@
+"""The image of a latent and a pixel perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attack.ascent import Values
+from ..flows.manifold import Manifold, TapedManifold
+
+__all__ = ["JointPicture", "exact", "linear"]
+
+Decode = Callable[[Tensor], Tensor]
+
+
+class JointPicture:
+    """``clip(clip(G(latent) + r) + pixel)``; the flow is called once for each latent.
+
+    ``r`` is what the flow's round trip loses of the clean image. Without it, the first latent must
+    be the clean image's, which then tells it.
+    """
+
+    def __init__(self, clean: Tensor, decode: Decode, residual: Tensor | None = None) -> None:
+        self._clean = clean
+        self._decode = decode
+        self._residual = residual
+        self._latent: Tensor | None = None
+        self._base = clean
+
+    def __call__(self, values: Values) -> Tensor:
+        """``(B, C, H, W)``."""
+        latent = values["latent"]
+        if latent is not self._latent:
+            decoded = self._decode(latent).to(self._clean.dtype)
+            if self._residual is None:
+                self._residual = (self._clean - decoded).detach()
+            self._base = (decoded + self._residual).clamp(0, 1)
+            self._latent = latent
+        return (self._base + values["pixel"]).clamp(0, 1) if "pixel" in values else self._base
+
+    def take(self, index: Tensor) -> JointPicture:
+        """The same for some samples."""
+        residual = None if self._residual is None else self._residual[index]
+        return JointPicture(self._clean[index], self._decode, residual)
+
+
+def exact(flow: Manifold, clean: Tensor, *, zero_start: bool) -> tuple[Tensor, JointPicture]:
+    """Latents, and a picture whose gradient goes through the decoder at every latent."""
+    z = flow.encode(clean).to(clean.dtype)
+    if zero_start:
+        return z, JointPicture(clean, flow.decode)
+    with torch.no_grad():
+        residual = clean - flow.decode(z).to(clean.dtype)
+    return z, JointPicture(clean, flow.decode, residual)
+
+
+def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
+    """Latents, and a picture whose first gradient is that at the clean image, before any decode.
+
+    The residual, below 1e-5 in float32, would cost a decode of its own: it is left out where the
+    flow has a tape.
+    """
+    if isinstance(flow, TapedManifold):
+        z, tape = flow.encode_with_tape(clean)
+        decode = _Once(lambda latent: _CleanImage.apply(latent, clean, flow, tape), flow.decode)
+        return z.to(clean.dtype), JointPicture(clean, decode, torch.zeros_like(clean))
+    z = flow.encode(clean).to(clean.dtype)
+    at_clean = _Once(lambda latent: flow.decode(latent + (z - latent).detach()), flow.decode)
+    return z, JointPicture(clean, at_clean)
+
+
+class _Once:
+    """One function for the first call, another for all later ones."""
+
+    def __init__(self, first: Decode, later: Decode) -> None:
+        self._first: Decode | None = first
+        self._later = later
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        call, self._first = self._first or self._later, None
+        return call(latent)
+
+
+class _CleanImage(torch.autograd.Function):
+    """The clean image, with the gradient of the decoder at its latent."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, clean: Tensor, flow: TapedManifold, tape: Any) -> Tensor:
+        ctx.flow, ctx.tape = flow, tape
+        return clean.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.flow.vjp(ctx.tape, g).to(g.dtype), None, None, None

@@ -1,0 +1,263 @@
+"""JointSpaceAdv: images moved along the manifold and off it, where the model likes them least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..attack.balls import Norm, unit_ball
+from ..attack.model import Mode, Model
+from ..attack.objectives import Objective
+from ..flows.manifold import Manifold
+from .batch import BatchTransform
+from .checks import check_flow, check_manifold
+from .climb import climb
+from .labels import as_target
+from .structure import LabelsGetter
+from .threat import Method, Threat, Update
+
+__all__ = ["JointSpaceAdv"]
+
+Target = Literal["label", "prediction", "random"]
+
+
+class JointSpaceAdv(BatchTransform):
+    r"""Adversarial images of the joint space of pixels and of a flow's latents.
+
+    .. math:: x' = \mathrm{clip}(\mathrm{clip}(G(z + \lambda) + r) + \delta)
+
+    z is the exact latent of x under the normalizing flow G, and r what its round trip loses; the
+    move lambda goes along the data, delta away from them, and both climb the model's loss
+    together. Labels are returned as they came. ``eta=0`` is PGD and never touches the flow,
+    ``eps=0`` the on-manifold attack.
+
+    Args:
+        model: The model that is trained; DDP, compiled and EMA wrappers are fine. It is left
+            exactly as it was. It may come later, by ``bind``.
+        flow: From :func:`ijsat_aug.load_flow`, or its argument. It follows the batch's device.
+        eps: Radius of delta, in [0, 1] pixels.
+        eta: Radius of lambda, in standard deviations of the latents; by default what the flow's
+            calibration recommends, a move of about 8/255 of every pixel (root mean square).
+        norm: ``"linf"`` or ``"l2"``, of delta.
+        latent_norm: The same of lambda.
+        steps: Forward and backward passes of the model.
+        step_size: Of delta; by default 2.5 ``eps`` / its moves, at most 1.25 ``eps``.
+        latent_step_size: Of lambda; by default the same with ``eta``.
+        update: ``"joint"`` moves both from one backward pass, ``"alternating"`` in turn,
+            ``"sequential"`` first lambda, then delta.
+        latent_steps: In how many of the steps lambda moves; the flow rests in the others.
+        method: ``"exact"``, or ``"linear"``: one latent step along the gradient at z, which needs
+            no decode before it, for cheap augmentation.
+        objective: ``"ce"``, ``"kl"`` (from the clean prediction, as TRADES), ``"margin"``, or a
+            callable ``(logits, labels) -> (B,)`` that gets the labels unchanged.
+        target: What the loss is measured against: ``"label"`` of the batch (its own prediction when
+            there is none), the model's own ``"prediction"``, or, with ``targeted``, a ``"random"``
+            other class.
+        targeted: Approach the target instead of leaving it.
+        random_start: Start at a uniform point of the balls instead of the image.
+        best: Keep the worst image of each sample, at one more forward pass.
+        tau: Friendly stop: leave a sample alone once it was wrong more than ``tau`` times.
+        p: Probability that a batch is attacked.
+        mean: Of the normalisation of the batches; without it they are in [0, 1].
+        std: Of the normalisation of the batches.
+        labels_getter: Where the labels are, as in torchvision's ``MixUp``; see
+            :class:`BatchTransform`.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the attack runs.
+        amp_dtype: Autocast of the model in the attack; by default the caller's. Images and bounds
+            stay in float32.
+        memory_format: Of the images inside the attack; ``torch.channels_last`` is often faster.
+        generator: A generator or a seed; the global random state is then left alone.
+
+    Attributes:
+        last: Of the last batch, ``(B,)`` each: ``loss_start``; ``loss`` of the last image that the
+            model saw; ``pixel_norm`` and ``latent_norm`` of the moves; ``fallback``, where a
+            gradient or a decode was not finite and the image came back as it was.
+
+    Example:
+        >>> import ijsat_aug
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> adv = JointSpaceAdv(model, "digits", eps=4 / 255, steps=2, generator=0)
+        >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> worse, same = adv(x, y)
+        >>> same is y, bool((adv.last["loss"] > adv.last["loss_start"]).all())
+        (True, True)
+        >>> adv
+        JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0.0157, eta=0.0464, steps=2)
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        flow: Manifold | str | PathLike[str] | None = None,
+        *,
+        eps: float = 1 / 255,
+        eta: float | None = None,
+        norm: Norm = "linf",
+        latent_norm: Norm = "linf",
+        steps: int = 1,
+        step_size: float | None = None,
+        latent_step_size: float | None = None,
+        update: Update = "joint",
+        latent_steps: int | None = None,
+        method: Method = "exact",
+        objective: str | Objective = "ce",
+        target: Target = "label",
+        targeted: bool = False,
+        random_start: bool = True,
+        best: bool = False,
+        tau: int | None = None,
+        p: float = 1.0,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        labels_getter: LabelsGetter = "default",
+        model_mode: Mode = "eval",
+        amp_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        generator: torch.Generator | int | None = None,
+    ) -> None:
+        super().__init__(
+            model, p=p, mean=mean, std=std, labels_getter=labels_getter, model_mode=model_mode,
+            amp_dtype=amp_dtype, memory_format=memory_format, generator=generator,
+        )  # fmt: skip
+        if target not in ("label", "prediction", "random"):
+            raise ValueError(f'target must be "label", "prediction" or "random", got {target!r}.')
+        if target == "random" and not targeted:
+            raise ValueError('target="random" is a class to approach: set targeted=True.')
+        # In a tuple, so that a flow that is a module is no submodule either.
+        self._flow = (_load(flow) if isinstance(flow, (str, PathLike)) else flow,)
+        self.threat = Threat(
+            eps=eps, eta=_radius(eta, self.flow, latent_norm), norm=norm, latent_norm=latent_norm,
+            steps=steps, step_size=step_size, latent_step_size=latent_step_size, update=update,
+            latent_steps=latent_steps, method=method, objective=objective, targeted=targeted,
+            best=best, tau=tau,
+        )  # fmt: skip
+        if self.threat.moves_latent:
+            check_manifold(self.flow)
+        if objective == "kl":
+            self.threat.check_start(pixel=random_start, latent=random_start)
+        self.target = target
+        self.random_start = random_start
+
+    @property
+    def flow(self) -> Manifold | None:
+        """The flow, on the device of the last batch."""
+        return self._flow[0]
+
+    def check(self, images: Tensor, labels: Any) -> None:
+        """Refuse a bad batch before anything runs."""
+        super().check(images, labels)
+        if self.threat.moves_latent:
+            check_flow(self.flow, images)
+        self._labels(images, labels)
+
+    def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
+        """Where the ascent starts, and what else is random.
+
+        Example:
+            >>> adv = JointSpaceAdv(torch.nn.Identity(), eta=0, generator=0)
+            >>> params = adv.make_params(torch.rand(2, 3, 4, 4), None)
+            >>> {name: tuple(draw.shape) for name, draw in params.items()}
+            {'pixel_start': (2, 3, 4, 4)}
+        """
+        threat, flow = self.threat, self.flow
+        params: dict[str, Any] = {}
+        if self.random_start and threat.moves_pixels:
+            draw = self._ball(threat.norm, tuple(images.shape), images.device)
+            params["pixel_start"] = threat.eps * draw
+        if self.random_start and threat.moves_latent and flow is not None:
+            draw = self._ball(threat.latent_norm, (len(images), flow.latent_dim), images.device)
+            params["latent_start"] = threat.eta * draw
+        if self.target == "random":
+            params["other"] = self.random.uniform((len(images),), images.device)
+        if self.handle.mode == "train":
+            params["seed"] = self.random.seed()
+        return params
+
+    def transform(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The attacked images; the labels as they are."""
+        if self.threat.moves_latent:
+            self._flow = (_on(self.flow, images.device),)
+        target = self._labels(images, labels)
+        starts = {k: v for k, v in params.items() if k != "other"}
+        outcome = climb(
+            images, _other(target, params["other"]) if "other" in params else target,
+            self.handle, self.flow, self.threat, self.scale,
+            careful=self.careful(images), **starts,
+        )  # fmt: skip
+        self.last = outcome.facts
+        self._seen.add(images.device)
+        return outcome.images, labels
+
+    def extra_repr(self) -> str:
+        """The settings that differ from their defaults."""
+        size = None if self.flow is None else "x".join(map(str, self.flow.shape))
+        usual = Threat()
+        changed = {
+            name: value
+            for name, value in vars(self.threat).items()
+            if name in ("eps", "eta", "steps") or value != getattr(usual, name)
+        }
+        shown = {"flow": size, **changed}
+        if self.target != "label":
+            shown["target"] = self.target
+        if not self.random_start:
+            shown["random_start"] = False
+        words = [f"{k}={v:.3g}" if type(v) is float else f"{k}={v}" for k, v in shown.items()]
+        return ", ".join([super().extra_repr(), *words])
+
+    def _labels(self, images: Tensor, labels: Any) -> Tensor | None:
+        """What the loss is measured against, of the labels that came."""
+        if labels is None or self.target == "prediction":
+            return None
+        if callable(self.threat.objective):
+            return labels  # type: ignore[no-any-return]
+        return as_target(labels, len(images))
+
+    def _ball(self, norm: Norm, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        uniform = partial(self.random.uniform, device=device)
+        normal = partial(self.random.normal, device=device)
+        return unit_ball(norm, shape, uniform, normal)
+
+
+def _other(labels: Tensor | None, draw: Tensor) -> Callable[[Tensor], Tensor]:
+    """A random class other than the label's, once the first logits tell how many there are."""
+
+    def choose(logits: Tensor) -> Tensor:
+        own = logits.argmax(1) if labels is None else labels
+        own = own if own.ndim == 1 else own.argmax(1)
+        others = logits.shape[1] - 1
+        step = 1 + (draw * others).long().clamp(max=others - 1)
+        return (own + step) % (others + 1)
+
+    return choose
+
+
+def _load(source: str | PathLike[str]) -> Manifold:
+    from ..flows.checkpoint import load_flow
+
+    return load_flow(Path(source) if isinstance(source, PathLike) else source)
+
+
+def _on(flow: Manifold | None, device: torch.device) -> Any:
+    move = getattr(flow, "to", None)
+    return flow if move is None else move(device)
+
+
+def _radius(eta: float | None, flow: Manifold | None, norm: Norm) -> float:
+    if eta is not None:
+        return eta
+    if flow is None:
+        raise ValueError("a latent move needs a flow: pass one, or eta=0 for pixels alone.")
+    recommended = getattr(flow, "info", {}).get("calibration", {}).get("recommended", {})
+    if norm not in recommended:
+        raise ValueError(
+            "this flow has no calibrated radius: give eta=, or calibrate it with "
+            "ijsat_aug.flows.calibrate."
+        )
+    return float(recommended[norm])

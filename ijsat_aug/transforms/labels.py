@@ -1,0 +1,54 @@
+"""Labels: classes ``(B,)`` or probabilities ``(B, C)``, and what is wrong with others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_target", "check_logits"]
+
+
+def as_target(labels: Tensor, count: int) -> Tensor:
+    """Labels as the objectives take them: int64 classes or floating probabilities."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+    if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TypeError(f"labels must be class numbers or probabilities, got {labels.dtype}.")
+    if labels.ndim == 0 or len(labels) != count:
+        raise ValueError(f"there are {count} images and labels of shape {tuple(labels.shape)}.")
+    if labels.is_floating_point():
+        if labels.ndim != 2 or labels.shape[1] < 2:
+            raise ValueError(
+                f"floating labels must be probabilities of shape ({count}, classes), got "
+                f"{tuple(labels.shape)}; pass class numbers as integers: labels.long()."
+            )
+        return labels if labels.dtype == torch.float64 else labels.float()
+    if labels.ndim != 1:
+        raise ValueError(
+            f"integer labels must have shape ({count},), got {tuple(labels.shape)}; squeeze them, "
+            "or pass probabilities as floats."
+        )
+    return labels.long()
+
+
+def check_logits(logits: Tensor, count: int, target: Tensor | None, *, values: bool) -> None:
+    """Whether logits and target fit each other; ``values`` costs a host sync."""
+    if logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model returned shape {tuple(logits.shape)} for {count} images; the built-in "
+            f"objectives need ({count}, classes): pass a callable objective for other outputs."
+        )
+    classes = logits.shape[1]
+    if target is None:
+        return
+    if target.ndim == 2 and target.shape[1] != classes:
+        raise ValueError(
+            f"the labels have {target.shape[1]} classes and the model {classes}; they must agree."
+        )
+    if target.ndim == 1 and values:
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"the labels go from {low} to {high}, the model knows the classes 0 to "
+                f"{classes - 1}."
+            )

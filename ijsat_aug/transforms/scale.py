@@ -1,0 +1,107 @@
+"""Pixels in [0, 1] and what the batch holds instead: mean and std of a normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["Scale"]
+
+# Un-normalising leaves [0, 1] by rounding; anything more is a batch in other units.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The normalisation ``(pixels - mean) / std`` of a batch; without one it holds pixels.
+
+    Example:
+        >>> scale = Scale.of(mean=[0.5], std=[0.25])
+        >>> batch = scale.to_model(torch.full((1, 3, 2, 2), 0.75))
+        >>> batch.unique(), scale.to_pixels(batch).unique()
+        (tensor([1.]), tensor([0.7500]))
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, mean: Sequence[float] | float | None, std: Sequence[float] | float | None) -> Scale:
+        """From what torchvision's ``Normalize`` takes."""
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std belong together; give both or none of them.")
+        if mean is None or std is None:
+            return cls()
+        means, stds = _floats(mean), _floats(std)
+        if len(means) != len(stds):
+            raise ValueError(f"mean has {len(means)} values and std {len(stds)}; one a channel.")
+        if not all(s > 0 for s in stds):
+            raise ValueError(f"every std must be > 0, got {stds}.")
+        return cls(means, stds)
+
+    def check(self, images: Tensor, *, values: bool) -> None:
+        """Whether the batch is what this scale says; ``values`` costs a host sync."""
+        channels = images.shape[1]
+        if self.mean is not None and len(self.mean) not in (1, channels):
+            raise ValueError(
+                f"mean and std have {len(self.mean)} values, the images {channels} channels; give "
+                "one value, or one a channel."
+            )
+        if not values or images.numel() == 0:
+            return
+        low, high = (float(v) for v in self.to_pixels(images).aminmax())
+        if low >= -_TOLERANCE and high <= 1 + _TOLERANCE:
+            return
+        if self.mean is None:
+            raise ValueError(
+                f"the batch has values from {low:.3g} to {high:.3g}, outside [0, 1]: pass the "
+                "mean= and std= of its normalisation, divide 8-bit levels by 255, or clamp it."
+            )
+        raise ValueError(
+            f"with this mean and std the batch has pixels from {low:.3g} to {high:.3g}, outside "
+            "[0, 1]: pass the mean= and std= that it was normalised with, or leave them out."
+        )
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The batch in [0, 1]; float32 at least."""
+        images = images if images.dtype == torch.float64 else images.float()
+        if self.mean is None:
+            return images
+        mean, std = self._tensors(images)
+        return torch.addcmul(mean, images, std)
+
+    def to_model(self, pixels: Tensor) -> Tensor:
+        """Pixels as the model expects them."""
+        if self.mean is None:
+            return pixels
+        mean, std = self._tensors(pixels)
+        return (pixels - mean) / std
+
+    def moved(self, images: Tensor, pixels: Tensor, new: Tensor) -> Tensor:
+        """The batch ``images`` with pixels ``new`` in place of ``pixels``."""
+        if self.mean is not None:  # what did not move stays as it is, bit for bit
+            new = images + (new - pixels) / self._tensors(pixels)[1]
+        return new.to(images.dtype)
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.mean is not None
+        assert self.std is not None
+        return _column(self.mean, like.dtype, like.device), _column(
+            self.std, like.dtype, like.device
+        )
+
+
+@lru_cache(maxsize=64)
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).reshape(1, -1, 1, 1)
+
+
+def _floats(values: Sequence[float] | float) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        values = values.flatten().tolist()
+    return (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)

@@ -1,0 +1,129 @@
+"""Take a batch apart into images and labels, and put it together again as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["LabelsGetter", "Parts", "take_apart"]
+
+LabelsGetter = Callable[[Any], Any] | str | None
+
+_IMAGES = ("image", "images", "pixel_values", "img", "imgs", "input", "inputs", "x")
+_LABELS = ("labels", "label", "targets", "target", "class", "y")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Images and labels of a batch, and the way back.
+
+    Example:
+        >>> batch = {"image": "x", "kind": "y", "path": "p"}
+        >>> parts = take_apart((batch,), labels_getter="kind")
+        >>> parts.images, parts.labels, parts.rebuild("X", "Y")
+        ('x', 'y', {'image': 'X', 'kind': 'Y', 'path': 'p'})
+    """
+
+    images: Any
+    labels: Any
+    rebuild: Callable[[Any, Any], Any]
+
+
+def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
+    """The parts of ``transform(*batch)``.
+
+    ``batch`` is ``(x,)``, ``(x, y, ...)``, one tuple or list of these, or one mapping.
+    ``labels_getter`` is ``"default"`` (the second item, or a usual key), a key, a callable that
+    gets the batch, or None for no labels.
+    """
+    if not batch:
+        raise TypeError("a transform needs a batch: transform(images, labels).")
+    if len(batch) > 1:
+        return _sequence(batch, tuple, labels_getter)
+    (only,) = batch
+    if isinstance(only, Mapping):
+        return _mapping(only, labels_getter)
+    if isinstance(only, (tuple, list)) and only:
+        return _sequence(only, _maker(only), labels_getter)
+    return Parts(only, None, lambda images, labels: images)
+
+
+def _sequence(
+    batch: tuple[Any, ...] | list[Any], make: Callable[[list[Any]], Any], getter: LabelsGetter
+) -> Parts:
+    second = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+    whole = make(list(batch))
+    labels = second if getter == "default" else _get(getter, whole)
+    place = next((i for i, item in enumerate(batch) if i and item is labels), None)
+
+    def rebuild(images: Any, labels: Any) -> Any:
+        items = [images, *batch[1:]]
+        if place is not None:
+            items[place] = labels
+        return make(items)
+
+    return Parts(batch[0], labels, rebuild)
+
+
+def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
+    image_key = _image_key(batch)
+    if getter == "default":
+        label_key = _label_key(batch)
+        labels = None if label_key is None else batch[label_key]
+    else:
+        labels = _get(getter, batch)
+        label_key = next((k for k, v in batch.items() if v is labels and v is not None), None)
+
+    def rebuild(images: Any, labels: Any) -> Any:
+        news = {image_key: images}
+        if label_key is not None:
+            news[label_key] = labels
+        try:
+            new = copy.copy(batch)
+            for key, value in news.items():
+                new[key] = value  # type: ignore[index]
+        except TypeError:  # a read-only mapping
+            return {**batch, **news}
+        return new
+
+    return Parts(batch[image_key], labels, rebuild)
+
+
+def _image_key(batch: Mapping[str, Any]) -> str:
+    lower = {str(key).lower(): key for key in batch}
+    for name in _IMAGES:
+        if name in lower:
+            return lower[name]
+    pictures = [k for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 4]
+    if len(pictures) == 1:
+        return pictures[0]
+    raise ValueError(
+        f"cannot tell the images among the keys {sorted(map(str, batch))}; name them one of "
+        f"{', '.join(_IMAGES)}."
+    )
+
+
+def _label_key(batch: Mapping[str, Any]) -> str | None:
+    lower = {str(key).lower(): key for key in batch}
+    usual = [lower[name] for name in _LABELS if name in lower]
+    return next((k for k in usual if isinstance(batch[k], Tensor)), None)
+
+
+def _get(getter: LabelsGetter, batch: Any) -> Any:
+    if getter is None:
+        return None
+    if callable(getter):
+        return getter(batch)
+    if isinstance(batch, Mapping) and getter in batch:
+        return batch[getter]
+    raise ValueError(f"the batch has no labels under {getter!r}; check labels_getter.")
+
+
+def _maker(batch: Any) -> Callable[[list[Any]], Any]:
+    if hasattr(batch, "_make"):  # a named tuple
+        return type(batch)._make  # type: ignore[no-any-return]
+    return type(batch)
