@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.real_data import cifar10, data_folder
+from ijsat_aug import load_flow
 from ijsat_aug.flows.checkpoint import load_state
+from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.data import load_images
 from ijsat_aug.flows.glow import GlowConfig, build_glow
 
@@ -70,3 +72,49 @@ def trained_glow(name: str) -> tuple[GlowConfig, Any]:
     model = build_glow(config)
     model.load_state_dict(state)
     return config, model.requires_grad_(False)
+
+
+def small_network(classes: int = 10) -> nn.Sequential:
+    """Convolution, BatchNorm and dropout: everything that an attack could disturb."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Dropout(0.1), nn.Flatten(), nn.Linear(512, classes),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def _trained_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    data = load_images("digits")
+    x, y = data.images.float() / 16, data.labels
+    net = small_network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(250):
+        index = torch.randint(len(x), (64,))
+        loss = nn.functional.cross_entropy(net(x[index]), y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.zero_grad()
+    return net
+
+
+@pytest.fixture
+def network(_trained_network: nn.Sequential) -> nn.Sequential:
+    """A network of its own for each test, trained on digits, in train mode."""
+    net = small_network()
+    net.load_state_dict(_trained_network.state_dict())
+    return net.train()
+
+
+@pytest.fixture(scope="session")
+def labels() -> Tensor:
+    """The classes of ``digits``."""
+    return load_images("digits", train=False).labels
+
+
+@pytest.fixture(scope="session")
+def flow() -> FrozenGlow:
+    """The shipped flow of the digits."""
+    return load_flow("digits")

@@ -2,6 +2,7 @@
 
 from .ascent import Ascent, Landscape, Picture, Pixels, Variable, ascend
 from .balls import Ball, L2Ball, LinfBall, unit_ball
+from .clip import clip
 from .friendly import ascend_friendly
 from .model import ModelHandle
 from .objectives import cross_entropy, kl_divergence, margin
@@ -18,6 +19,7 @@ __all__ = [
     "Variable",
     "ascend",
     "ascend_friendly",
+    "clip",
     "cross_entropy",
     "kl_divergence",
     "margin",

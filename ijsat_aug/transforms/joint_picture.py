@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attack.ascent import Values
+from ..attack.clip import clip
 from ..flows.manifold import Manifold, TapedManifold
 
 __all__ = ["JointPicture", "exact", "linear"]
@@ -37,9 +38,9 @@ class JointPicture:
             decoded = self._decode(latent).to(self._clean.dtype)
             if self._residual is None:
                 self._residual = (self._clean - decoded).detach()
-            self._base = (decoded + self._residual).clamp(0, 1)
+            self._base = clip(decoded + self._residual)
             self._latent = latent
-        return (self._base + values["pixel"]).clamp(0, 1) if "pixel" in values else self._base
+        return clip(self._base + values["pixel"]) if "pixel" in values else self._base
 
     def take(self, index: Tensor) -> JointPicture:
         """The same for some samples."""
