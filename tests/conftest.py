@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from benchmarks.real_data import cifar10, data_folder
 from ijsat_aug import load_flow
 from ijsat_aug.flows.checkpoint import load_state
-from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.data import load_images
+from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.glow import GlowConfig, build_glow
 
 

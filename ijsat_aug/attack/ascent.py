@@ -122,7 +122,7 @@ class Ascent:
         values: The variables there.
         first: ``(B,)`` losses at the start.
         last: ``(B,)`` losses of the last image that the model saw; with ``best``, of ``image``.
-        finite: ``(B,)`` whether the image and every gradient were finite.
+        finite: ``(B,)`` whether the image, the losses and every gradient were finite.
     """
 
     image: Tensor
@@ -220,7 +220,7 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def finish(image: Tensor, values: Values, first: Tensor, last: Tensor, doubt: Tensor) -> Ascent:
     """The outcome, without graph."""
-    finite = image.isfinite().flatten(1).all(1) & doubt.isfinite()
+    finite = image.isfinite().flatten(1).all(1) & (doubt + first + last).isfinite()
     values = {name: value.detach() for name, value in values.items()}
     return Ascent(image.detach(), values, first.detach(), last.detach(), finite)
 

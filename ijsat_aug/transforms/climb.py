@@ -51,7 +51,8 @@ def climb(
     if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
         return Outcome(images.detach(), {})
     with handle.frozen(images.device, seed):
-        images = images.clone() if images.is_inference() else images.detach()
+        images = _usable(images)
+        target = _usable(target) if isinstance(target, Tensor) else target
         pixels = scale.to_pixels(images).clamp(0, 1)
         if handle.memory_format is not None:
             pixels = pixels.contiguous(memory_format=handle.memory_format)
@@ -63,6 +64,11 @@ def climb(
         new = scale.moved(images, pixels, found.image)
         new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
         return Outcome(torch.empty_like(images).copy_(new), _facts(found, variables, threat))
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Without graph, and fit for autograd: a tensor of inference mode is not."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _space(
@@ -157,5 +163,5 @@ def _checked(
 def _facts(found: Ascent, variables: dict[str, Variable], threat: Threat) -> dict[str, Tensor]:
     sign = -1.0 if threat.targeted else 1.0
     norms = {f"{name}_norm": v.ball.distance(found.values[name]) for name, v in variables.items()}
-    losses = {"loss_start": sign * found.first, "loss": sign * found.last}
+    losses = {"loss_start": sign * found.first, "loss": sign * found.last} if threat.steps else {}
     return {**losses, **norms, "fallback": ~found.finite}

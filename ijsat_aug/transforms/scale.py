@@ -53,7 +53,7 @@ class Scale:
             )
         if not values or images.numel() == 0:
             return
-        low, high = (float(v) for v in self.to_pixels(images).aminmax())
+        low, high = (float(v) for v in self.to_pixels(images.detach()).aminmax())
         if low >= -_TOLERANCE and high <= 1 + _TOLERANCE:
             return
         if self.mean is None:

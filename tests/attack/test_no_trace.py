@@ -1,0 +1,381 @@
+"""What an attack does to its caller: nothing. One test a row of the property matrix."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ijsat_aug import JointSpaceAdv
+
+VARIANTS = {
+    "pixel": {"eta": 0, "steps": 2},
+    "latent": {"eps": 0, "steps": 2},
+    "joint": {"steps": 2},
+    "l2": {"steps": 2, "norm": "l2", "latent_norm": "l2", "eps": 0.3},
+    "linear": {"method": "linear"},
+    "best": {"steps": 2, "best": True},
+    "friendly": {"steps": 3, "tau": 0, "eps": 0.2},
+    "kl": {"steps": 2, "objective": "kl"},
+    "prediction": {"steps": 2, "target": "prediction"},
+    "train mode": {"steps": 2, "model_mode": "train"},
+}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def options(request: pytest.FixtureRequest) -> dict:
+    return {"eps": 4 / 255, "generator": 0, **VARIANTS[request.param]}
+
+
+@pytest.fixture
+def mixed(network: nn.Sequential) -> nn.Sequential:
+    """Some modules in eval, some parameters frozen, gradients here and there."""
+    network[1].eval()
+    network[3].weight.requires_grad_(False)
+    network[0].weight.grad = torch.ones_like(network[0].weight)
+    return network
+
+
+def state(net: nn.Module) -> dict:
+    return {
+        "modes": [m.training for m in net.modules()],
+        "trainable": [p.requires_grad for p in net.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in net.parameters()],
+        "tensors": [t.clone() for t in (*net.parameters(), *net.buffers())],
+        "identities": [id(t) for t in (*net.parameters(), *net.buffers())],
+        "hooks": [(len(m._forward_hooks), len(m._backward_hooks)) for m in net.modules()],
+    }
+
+
+def same(a: dict, b: dict) -> bool:
+    def equal(x, y) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+
+    return all(len(a[k]) == len(b[k]) and all(map(equal, a[k], b[k])) for k in a)
+
+
+def test_the_model_is_as_before(mixed, options, digits, labels, flow) -> None:
+    before = state(mixed)
+    out, _ = JointSpaceAdv(mixed, flow, **options)(digits[:8], labels[:8])
+    assert same(before, state(mixed))
+    assert not torch.equal(out, digits[:8])
+
+
+def test_also_after_an_exception(mixed, options, digits, labels, flow) -> None:
+    calls = []
+
+    def explode(module: nn.Module, inputs: object) -> None:
+        calls.append(module)
+        if len(calls) == 2 or options.get("method") == "linear":
+            raise KeyboardInterrupt
+
+    handle = mixed[8].register_forward_pre_hook(explode)
+    before = state(mixed)
+    with pytest.raises(KeyboardInterrupt):
+        JointSpaceAdv(mixed, flow, **options)(digits[:8], labels[:8])
+    handle.remove()
+    assert same(before, state(mixed))
+    assert torch.is_grad_enabled()
+
+
+def test_the_batch_is_as_before(network, options, digits, labels, flow) -> None:
+    x, y = digits[:8].clone(), labels[:8].clone()
+    out, same_labels = JointSpaceAdv(network, flow, **options)(x, y)
+    assert torch.equal(x, digits[:8])
+    assert same_labels is y
+    assert torch.equal(y, labels[:8])
+    assert out.data_ptr() != x.data_ptr()
+
+
+def test_global_random_state_is_untouched_with_a_generator(
+    network, options, digits, labels, flow
+) -> None:
+    before = torch.get_rng_state()
+    first, _ = JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(99)
+    again, _ = JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    assert torch.equal(first, again)
+    given = {**options, "generator": torch.Generator().manual_seed(0)}
+    assert torch.equal(first, JointSpaceAdv(network, flow, **given)(digits[:8], labels[:8])[0])
+
+
+def test_the_torch_seed_fixes_the_result_without_one(
+    network, options, digits, labels, flow
+) -> None:
+    adv = JointSpaceAdv(network, flow, **{**options, "generator": None})
+    results = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        results.append(adv(digits[:8], labels[:8])[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_works_inside(context, network, options, digits, labels, flow) -> None:
+    expected, _ = JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    with context():
+        x, y = digits[:8].clone(), labels[:8].clone()
+        out, _ = JointSpaceAdv(network, flow, **options)(x, y)
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+    nn.Conv2d(1, 1, 1)(out).sum().backward()  # a training step can use it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_outside_and_training_inside_it(
+    dtype, network, options, digits, labels, flow
+) -> None:
+    """The casts of frozen weights must not stay in autocast's cache (pytorch#65766)."""
+    x, y = digits[:8], labels[:8]
+    with torch.autocast("cpu", dtype):
+        out, _ = JointSpaceAdv(network, flow, **options)(x, y)
+        loss = nn.functional.cross_entropy(network(out), y)
+    loss.backward()
+    assert out.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    if "eta" in options:
+        assert (out - x).abs().max() <= options["eps"] + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_precisions(dtype, network, options, digits, labels, flow) -> None:
+    out, _ = JointSpaceAdv(network.to(dtype), flow, **options)(digits[:8], labels[:8])
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, digits[:8])
+    if options.get("eta") == 0:
+        assert (out - digits[:8]).abs().max() <= options["eps"] + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_batches_of_other_precisions(dtype, network, options, digits, labels, flow) -> None:
+    x = digits[:8].to(dtype)
+    out, _ = JointSpaceAdv(network.to(dtype), flow, **options)(x, labels[:8])
+    assert out.dtype == dtype
+    assert out.min() >= 0
+    assert out.max() <= 1
+    assert not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_amp_dtype_is_for_the_attack_alone(dtype, network, digits, labels, flow) -> None:
+    seen = []
+    network[3].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    adv = JointSpaceAdv(network, flow, eps=8 / 255, eta=0, amp_dtype=dtype, steps=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = adv(digits[:8], labels[:8])
+        network(out)
+    assert seen == [dtype, dtype, torch.bfloat16]
+    assert out.dtype == torch.float32
+    assert (out - digits[:8]).abs().max() <= 8 / 255 + 1e-7
+
+
+def test_layouts_come_back(network, options, digits, labels, flow) -> None:
+    expected, _ = JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    wide = torch.zeros(16, 1, 8, 8)
+    wide[::2] = digits[:8]
+    layouts = {
+        "strided": wide[::2],
+        "channels_last": digits[:8].contiguous(memory_format=torch.channels_last),
+        "transposed": digits[:8].transpose(2, 3).contiguous().transpose(2, 3),
+        "leaf": digits[:8].clone().requires_grad_(),
+        "non-leaf": digits[:8].clone().requires_grad_() * 1,
+    }
+    for name, x in layouts.items():
+        out, _ = JointSpaceAdv(network, flow, **options)(x, labels[:8])
+        # Convolutions of another layout round otherwise, which can turn a sign around.
+        assert (out - expected).abs().gt(1e-4).float().mean() < 0.02, name
+        assert not out.requires_grad, name
+        assert out.stride() == torch.empty_like(x).stride(), name
+
+
+def test_channels_last_inside_is_the_same_attack(network, digits, labels, flow) -> None:
+    formats = []
+    network[0].register_forward_pre_hook(
+        lambda m, i: formats.append(i[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    options = {"eps": 4 / 255, "steps": 2, "generator": 0}
+    plain, _ = JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    last = JointSpaceAdv(network, flow, memory_format=torch.channels_last, **options)
+    out, _ = last(digits[:8], labels[:8])
+    assert (out - plain).abs().gt(1e-4).float().mean() < 0.02
+    assert out.is_contiguous()
+    assert all(formats[2:])
+
+
+class NoNumber(torch.autograd.Function):
+    """The identity, whose gradient is NaN where ``bad``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bad: Tensor) -> Tensor:
+        ctx.bad = bad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return torch.where(ctx.bad, torch.nan, g), None
+
+
+class Poisoned(nn.Module):
+    """A model with a NaN gradient (and a fine loss), or bad logits, where a corner is bright."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        bad = x[:, 0, 0, 0] > 0.7
+        if self.how == "gradient":
+            return self.net(NoNumber.apply(x, bad[:, None, None, None]))
+        logits = self.net(x)
+        return torch.where(bad[:, None], float(self.how), logits)
+
+
+@pytest.mark.parametrize("how", ["gradient", "nan", "inf"])
+def test_a_poisoned_sample_comes_back_and_poisons_nobody(
+    how, network, options, digits, labels, flow
+) -> None:
+    if options.get("model_mode") == "train":
+        pytest.skip("with batch statistics the samples of a batch do see each other")
+    x = digits[:6].clone()
+    x[2, :, 0, 0] = 1
+    options = options | {"generator": None, "random_start": options.get("objective") == "kl"}
+    adv = JointSpaceAdv(Poisoned(network, how), flow, **options)
+    out, _ = adv(x, labels[:6])
+    assert torch.equal(out[2], x[2])
+    assert adv.last["fallback"].tolist() == [i == 2 for i in range(6)]
+    assert out.isfinite().all()
+    if options["random_start"]:
+        return
+    others = [0, 1, 3, 4, 5]
+    alone, _ = JointSpaceAdv(network, flow, **options)(x[others], labels[:6][others])
+    assert (out[others] - alone).abs().gt(1e-5).float().mean() < 0.01
+
+
+def test_a_flow_that_explodes_poisons_nobody(network, digits, labels, flow) -> None:
+    class Exploding:
+        shape, latent_dim = flow.shape, flow.latent_dim
+
+        def encode(self, x: Tensor) -> Tensor:
+            return flow.encode(x)
+
+        def decode(self, z: Tensor) -> Tensor:
+            bomb = torch.zeros(len(z), 1, 1, 1)
+            bomb[1] = torch.inf
+            return flow.decode(z) + bomb - (bomb if z.requires_grad else 0)
+
+    adv = JointSpaceAdv(network, Exploding(), eta=0.05, steps=2)
+    out, _ = adv(digits[:4], labels[:4])
+    assert torch.equal(out[1], digits[1])
+    assert adv.last["fallback"].tolist() == [False, True, False, False]
+    assert not torch.equal(out[0], digits[0])
+
+
+def test_a_sample_alone_is_the_sample_in_a_batch(network, options, digits, labels, flow) -> None:
+    if options.get("model_mode") == "train" or options.get("objective") == "kl":
+        pytest.skip("batch statistics; a random start")
+    options = options | {"random_start": False}
+    together, _ = JointSpaceAdv(network, flow, **options)(digits[:7], labels[:7])
+    for i in range(7):
+        alone, _ = JointSpaceAdv(network, flow, **options)(digits[i : i + 1], labels[i : i + 1])
+        assert (alone[0] - together[i]).abs().gt(1e-4).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_any_batch_size(count, network, options, digits, labels, flow) -> None:
+    x = digits[:count]
+    out, y = JointSpaceAdv(network, flow, **options)(x, labels[:count])
+    assert out.shape == x.shape
+    assert y.shape == (count,)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda m: m])
+def test_wrappers_are_taken_off(wrap: Callable, network, digits, labels, flow) -> None:
+    wrapped = wrap(network)
+    adv = JointSpaceAdv(wrapped, flow, steps=2, generator=0)
+    assert adv.model is (network if wrapped is network else wrapped.module)
+    before = state(wrapped)
+    adv(digits[:8], labels[:8])
+    assert same(before, state(wrapped))
+
+
+# torch.compile itself looks at .grad of its inputs, and mutes this unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_model_stays_compiled_and_keeps_its_gradients(
+    network, digits, labels, flow
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend)
+    x, y = digits[:8], labels[:8]
+    nn.functional.cross_entropy(compiled(x), y).backward()
+    trained = len(graphs)
+    adv = JointSpaceAdv(compiled, flow, eps=4 / 255, steps=3, generator=0)
+    assert adv.model is compiled
+    for _ in range(4):
+        out, _ = adv(x, y)
+        compiled.zero_grad()
+        nn.functional.cross_entropy(compiled(out), y).backward()
+        assert all(p.grad is not None for p in network.parameters())
+    assert len(graphs) <= trained + 2
+    network_out, _ = JointSpaceAdv(network, flow, eps=4 / 255, steps=3, generator=0)(x, y)
+    again, _ = JointSpaceAdv(compiled, flow, eps=4 / 255, steps=3, generator=0)(x, y)
+    assert (again - network_out).abs().gt(1e-4).float().mean() < 0.02
+    torch._dynamo.reset()
+
+
+def test_it_is_no_part_of_what_holds_it(network, flow, digits, labels) -> None:
+    adv = JointSpaceAdv(network, flow, steps=2, generator=0)
+    holder = nn.ModuleDict({"net": network, "augment": adv})
+    assert len(holder.state_dict()) == len(network.state_dict())
+    assert not list(adv.parameters())
+    holder.eval()
+    assert not adv.training
+    holder.train()
+    twin = copy.deepcopy(adv)
+    assert twin.model is network
+    assert twin.flow is flow
+    assert torch.equal(twin(digits[:4], labels[:4])[0], adv(digits[:4], labels[:4])[0])
+
+
+def test_a_pickle_holds_the_settings_and_the_random_state(network, flow, digits, labels) -> None:
+    for source in (0, torch.Generator().manual_seed(0), None):
+        adv = JointSpaceAdv(network, flow, steps=2, eps=0.01, generator=source)
+        adv(digits[:4], labels[:4])
+        data = pickle.dumps(adv)
+        assert len(data) < 2e6
+        other = pickle.loads(data)
+        assert other.model is None
+        assert other.threat == adv.threat
+        if source is None:
+            continue
+        other.bind(network)
+        assert torch.equal(other(digits[:4], labels[:4])[0], adv(digits[:4], labels[:4])[0])
+
+
+def test_train_mode_uses_batch_statistics(network, digits, labels) -> None:
+    modes = []
+    network[1].register_forward_pre_hook(lambda m, i: modes.append(m.training))
+    for mode in ("train", "eval"):
+        JointSpaceAdv(network, eta=0, model_mode=mode)(digits[:8], labels[:8])
+    assert modes == [True, False]
+
+
+def test_any_callable_is_a_model(network, digits, labels) -> None:
+    network.eval()
+    expected, _ = JointSpaceAdv(network, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
+    for model in (network.forward, lambda x: {"logits": network(x)}):
+        out, _ = JointSpaceAdv(model, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
+        assert torch.equal(out, expected)
+    assert all(p.grad is None for p in network.parameters())
