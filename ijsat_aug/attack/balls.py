@@ -107,8 +107,8 @@ class L2Ball:
         The centre lies in the box, so that clamping only comes nearer to it.
         """
         away = value - self.centre
-        length = _length(away)
-        inside = self.centre + away * (self.radius / length.clamp_(min=self.radius))
+        least = max(self.radius, torch.finfo(away.dtype).tiny)  # a radius of 1e-50 is 0 in float32
+        inside = self.centre + away * (self.radius / _length(away).clamp_(min=least))
         return inside if self.box is None else inside.clamp_(*self.box)
 
     def distance(self, value: Tensor) -> Tensor:

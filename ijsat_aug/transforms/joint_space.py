@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..attack.balls import Norm, unit_ball
+from ..attack.balls import BALLS, Norm, unit_ball
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold
@@ -250,6 +250,8 @@ def _on(flow: Manifold | None, device: torch.device) -> Any:
 
 
 def _radius(eta: float | None, flow: Manifold | None, norm: Norm) -> float:
+    if norm not in BALLS:
+        return 0.0  # Threat tells what is wrong
     if eta is not None:
         return eta
     if flow is None:

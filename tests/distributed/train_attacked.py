@@ -1,0 +1,71 @@
+"""Trains a DDP model on attacked batches; each rank attacks with another number of steps."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ijsat_aug import JointSpaceAdv
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for static_graph in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+        )
+        model = DistributedDataParallel(net, static_graph=static_graph)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        adv = JointSpaceAdv(model, "digits", steps=1 + 3 * rank, eps=0.05, tau=0, generator=rank)
+        assert adv.model is net
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(3):
+            x = torch.rand(8, 1, 8, 8, generator=generator)
+            y = torch.randint(10, (8,), generator=generator)
+            refuse_collectives(adv, x, y)
+            x, y = adv(x, y)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        counter = int(net[1].num_batches_tracked)
+        assert counter == 3, counter
+        weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+        gathered = [torch.empty_like(weights) for _ in range(world)]
+        dist.all_gather(gathered, weights)
+        assert all(torch.equal(weights, other) for other in gathered)
+    digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+    (folder / f"rank{rank}.txt").write_text(f"steps {counter} weights {digest}")
+    dist.destroy_process_group()
+
+
+def refuse_collectives(adv: JointSpaceAdv, x: torch.Tensor, y: torch.Tensor) -> None:
+    """An attack on one rank alone, while the others do something else, must not wait for them."""
+    if dist.get_rank() != 0:
+        return
+    names = ("all_reduce", "broadcast", "all_gather", "barrier")
+    originals: dict[str, Any] = {name: getattr(dist, name) for name in names}
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a collective inside the attack")
+
+    for name in names:
+        setattr(dist, name, refuse)
+    try:
+        adv(x, y)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

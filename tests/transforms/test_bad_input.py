@@ -1,0 +1,239 @@
+"""Bad input: one clear sentence that names the fix, before the model is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug.transforms.functional import joint_space_adv
+
+X, Y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.fixture
+def untouchable() -> nn.Module:
+    class Untouchable(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the model was called")
+
+    return Untouchable()
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ((255 * X).byte(), TypeError, r"uint8.*divide 8-bit images by 255"),
+        ((255 * X).long(), TypeError, r"int64.*divide"),
+        (255 * X, ValueError, r"outside \[0, 1\].*mean= and std=.*255"),
+        (X - 0.5, ValueError, r"values from -0\.\d+ to 0\.\d+, outside"),
+        (X * torch.nan, ValueError, "values from nan"),
+        (X[0], ValueError, r"\(1, 8, 8\).*\(B, C, H, W\).*collated"),
+        (X[None], ValueError, r"\(B, C, H, W\)"),
+        (["a", "b"], TypeError, "must be a tensor"),
+        (torch.rand(4, 3, 8, 8), ValueError, "takes images of 1x8x8, the batch has 3x8x8"),
+        (torch.rand(4, 1, 9, 8), ValueError, r"cifar10 3x32x32, digits 1x8x8.*resize.*train-flow"),
+    ],
+)
+def test_images(x, error, message, untouchable, flow) -> None:
+    with pytest.raises(error, match=f"(?s){message}"):
+        JointSpaceAdv(untouchable, flow)(x, Y) if isinstance(x, torch.Tensor) else JointSpaceAdv(
+            untouchable, flow
+        )((x, Y))
+    if isinstance(x, torch.Tensor):
+        with pytest.raises(error, match=f"(?s){message}"):
+            joint_space_adv(x, Y, untouchable, flow, eps=0.1, eta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (Y[:3], ValueError, r"4 images and labels of shape \(3,\)"),
+        (Y[:, None], ValueError, "squeeze"),
+        (Y.float(), ValueError, r"probabilities of shape \(4, classes\).*labels.long"),
+        (Y.bool(), TypeError, "torch.bool"),
+        (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4,\)"),
+        (torch.tensor(3), ValueError, r"labels of shape \(\)"),
+    ],
+)
+def test_labels(y, error, message, untouchable, flow) -> None:
+    with pytest.raises(error, match=message):
+        JointSpaceAdv(untouchable, flow)(X, y)
+    with pytest.raises(error, match=message):
+        joint_space_adv(X, y, untouchable, flow, eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (Y + 7, "labels go from 7 to 10, the model knows the classes 0 to 9"),
+        (Y - 1, "labels go from -1 to 2"),
+        (torch.full((4, 5), 0.2), "5 classes and the model 10"),
+    ],
+)
+def test_classes_that_the_model_does_not_have(y, message, network) -> None:
+    with pytest.raises(ValueError, match=message):
+        JointSpaceAdv(network, eta=0)(X, y)
+    assert all(m.training for m in network.modules())
+
+
+def test_labels_of_other_integer_types_are_fine(network) -> None:
+    outs = [JointSpaceAdv(network, eta=0, generator=0)(X, y)[0] for y in (Y, Y.int(), Y.byte())]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_models_of_other_shapes(network, flow) -> None:
+    for model, shape in (
+        (nn.Identity(), r"\(4, 1, 8, 8\)"),
+        (lambda x: x.sum((1, 2, 3)), r"\(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"returned shape {shape}.*callable objective"):
+            JointSpaceAdv(model, eta=0)(X, Y)
+    with pytest.raises(TypeError, match="must return logits"):
+        JointSpaceAdv(lambda x: None, eta=0)(X, Y)
+    with pytest.raises(ValueError, match=r"objective returned shape \(\) for 4 images"):
+        JointSpaceAdv(network, eta=0, objective=lambda z, y: z.sum())(X, Y)
+
+
+def test_dense_outputs_with_a_callable_objective(network) -> None:
+    masks = torch.randint(2, (4, 8, 8))
+
+    def objective(logits, target):
+        assert target is masks or torch.equal(target, masks)
+        return nn.functional.cross_entropy(logits, target, reduction="none").mean((1, 2))
+
+    adv = JointSpaceAdv(nn.Conv2d(1, 2, 3, padding=1), eta=0, eps=0.1, objective=objective)
+    out, same = adv(X, masks)
+    assert same is masks
+    assert (adv.last["loss"] > adv.last["loss_start"] - 1e-6).all()
+    assert out.shape == X.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": -0.1}, "eps must be a number >= 0"),
+        ({"eta": -1}, "eta must be a number >= 0"),
+        ({"eps": math.nan}, "eps must be"),
+        ({"eta": math.inf}, "eta must be"),
+        ({"eps": 8}, "8/255 if you meant 8-bit levels"),
+        ({"step_size": -1}, "step_size must be"),
+        ({"latent_step_size": math.inf}, "latent_step_size must be"),
+        ({"norm": "l1"}, 'norm must be one of "linf", "l2"'),
+        ({"latent_norm": 2}, "latent_norm must be one of"),
+        ({"update": "both"}, '"joint", "alternating", "sequential"'),
+        ({"method": "fast"}, '"exact", "linear"'),
+        ({"objective": "mse"}, '"ce", "kl", "margin" or a callable'),
+        ({"steps": -1}, "steps must be an integer >= 0"),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"latent_steps": 0}, "latent_steps must be an integer >= 1"),
+        ({"latent_steps": 3, "steps": 2}, "latent_steps=3 is more than steps=2"),
+        ({"latent_steps": 2, "steps": 3, "method": "linear"}, "leave latent_steps out"),
+        ({"latent_steps": 1, "steps": 3, "eps": 0}, "nothing moves in the other steps"),
+        ({"method": "linear", "steps": 3, "eps": 0}, "set steps=1"),
+        ({"tau": -1}, "tau must be an integer >= 0"),
+        ({"tau": 1, "best": True}, "exclude each other"),
+        ({"p": 1.5}, "p is a probability"),
+        ({"target": "other"}, '"label", "prediction" or "random"'),
+        ({"target": "random"}, "set targeted=True"),
+        ({"objective": "kl", "random_start": False}, "needs a random start"),
+        ({"objective": "kl", "method": "linear", "eps": 0}, "needs a random start"),
+        ({"mean": 0.5}, "mean and std belong together"),
+        ({"mean": [0.5, 0.5], "std": 0.5}, "mean has 2 values and std 1"),
+        ({"mean": 0.5, "std": 0.0}, "every std must be > 0"),
+        ({"model_mode": "training"}, 'must be "eval" or "train"'),
+        ({"amp_dtype": torch.int8}, "floating-point"),
+    ],
+)
+def test_settings(options, message, untouchable, flow) -> None:
+    with pytest.raises(ValueError, match=message):
+        JointSpaceAdv(untouchable, flow, **options)
+
+
+def test_mean_of_the_wrong_length(untouchable, flow) -> None:
+    adv = JointSpaceAdv(untouchable, flow, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ValueError, match="3 values, the images 1 channels"):
+        adv(X, Y)
+    adv = JointSpaceAdv(untouchable, eta=0, mean=0.5, std=0.5)
+    with pytest.raises(ValueError, match=r"with this mean and std .* outside \[0, 1\]"):
+        adv(X * 4, Y)
+
+
+def test_unknown_and_missing_arguments(untouchable, flow) -> None:
+    with pytest.raises(TypeError, match="epsilon"):
+        JointSpaceAdv(untouchable, flow, epsilon=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        JointSpaceAdv(untouchable, flow, 0.1)  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"pass it, or call \.bind\(model\)"):
+        JointSpaceAdv(None, flow)(X, Y)
+    with pytest.raises(TypeError, match="module or a callable, got str"):
+        JointSpaceAdv("resnet18", flow)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="needs a batch"):
+        JointSpaceAdv(untouchable, flow)()
+    with pytest.raises(TypeError, match=r"torch.Generator or a seed, got str"):
+        JointSpaceAdv(untouchable, flow, generator="0")  # type: ignore[arg-type]
+
+
+def test_flows(untouchable) -> None:
+    with pytest.raises(ValueError, match="pass one, or eta=0"):
+        JointSpaceAdv(untouchable)
+    with pytest.raises(ValueError, match="pass one, or eta=0"):
+        JointSpaceAdv(untouchable, eta=0.1)
+    with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
+        JointSpaceAdv(untouchable, nn.Linear(2, 2), eta=0.1)
+    with pytest.raises(ValueError, match="no calibrated radius: give eta="):
+        JointSpaceAdv(untouchable, nn.Linear(2, 2))
+    with pytest.raises(Exception, match="there is no flow 'digit'"):
+        JointSpaceAdv(untouchable, "digit")
+    flow = load_flow("digits")
+    assert JointSpaceAdv(untouchable, "digits").flow is flow
+    recommended = flow.info["calibration"]["recommended"]
+    assert JointSpaceAdv(untouchable, flow).threat.eta == recommended["linf"]
+    assert JointSpaceAdv(untouchable, flow, latent_norm="l2").threat.eta == recommended["l2"]
+
+
+@pytest.mark.parametrize("name", ["pixel_start", "latent_start"])
+def test_starts_of_the_wrong_shape(name, untouchable, flow) -> None:
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        joint_space_adv(X, Y, untouchable, flow, eps=0.1, eta=0.1, **{name: torch.zeros(4, 3)})
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"a": 1, "b": X[:, 0]}, r"cannot tell the images among the keys \['a', 'b'\]"),
+        ({"a": X, "b": X}, "cannot tell the images"),
+    ],
+)
+def test_mappings_without_images(batch, message, untouchable) -> None:
+    with pytest.raises(ValueError, match=message):
+        JointSpaceAdv(untouchable, eta=0)(batch)
+
+
+class Collate:
+    """A picklable collate function with a transform in it."""
+
+    def __init__(self, transform: Callable) -> None:
+        self.transform = transform
+
+    def __call__(self, samples: list) -> object:
+        return self.transform(*torch.utils.data.default_collate(samples))
+
+
+def test_in_a_worker(network) -> None:
+    data = TensorDataset(X, Y)
+    collate = Collate(JointSpaceAdv(network, eta=0))
+    here = next(iter(DataLoader(data, batch_size=4, collate_fn=collate)))
+    assert here[0].shape == X.shape
+    loader = DataLoader(
+        data, batch_size=4, collate_fn=collate, num_workers=1, multiprocessing_context="fork"
+    )
+    with pytest.raises(ValueError, match=r"DataLoader worker.*stale copy"):
+        next(iter(loader))
