@@ -130,10 +130,8 @@ def _prediction(logits: Tensor) -> Tensor:
 def _search(landscape: Landscape, variables: dict[str, Variable], threat: Threat) -> Ascent:
     if threat.steps == 0:  # nothing but the start, whose loss nobody asked for
         values = begin(variables)
-        unknown = torch.full_like(next(iter(values.values())).flatten(1)[:, 0], torch.nan)
-        return finish(
-            landscape.picture(values), values, unknown, unknown, torch.zeros_like(unknown)
-        )
+        none = next(iter(values.values())).flatten(1)[:, 0] * 0
+        return finish(landscape.picture(values), values, none, none, none)
     if threat.tau is not None:
         return ascend_friendly(landscape, variables, threat.tau)
     return ascend(landscape, variables, best=threat.best)
