@@ -72,7 +72,8 @@ class ModelHandle:
         """Logits in float32 at least, whatever the model computes in."""
         if self.memory_format is not None:
             images = images.contiguous(memory_format=self.memory_format)
-        if not torch.is_autocast_enabled(images.device.type):
+        device = images.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             images = images.to(self._dtype(images.dtype))
         assert self.model is not None
         logits = logits_of(self.model(images))
