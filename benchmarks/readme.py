@@ -80,7 +80,28 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"flows": flows_table, "speed": speed_table}
+def attack_table() -> str:
+    """Time of ten steps against other libraries and against the floor."""
+    result = load("speed-attack-cpu")
+    settings = list(result["results"])
+    lines = [f"| | {' | '.join(settings)} |", "|---" * (1 + len(settings)) + "|"]
+    for base in ("minimal loop", "its floor"):
+        for run in next(iter(result["results"].values()))["ratios"]:
+            name, _, against = run.partition(" / ")
+            if against == base:
+                found = [result["results"][s]["ratios"][run] for s in settings]
+                cells = [f"{r['median']:.2f} [{r['q1']:.2f}–{r['q3']:.2f}]" for r in found]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    lines.append("")
+    lines.append(
+        f"Median [quartiles] of {result['rounds']} interleaved rounds. {result['hardware']}, torch "
+        f"{result['torch']}, {peers}, {result['date']}."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"attack": attack_table, "flows": flows_table, "speed": speed_table}
 
 
 def render(text: str) -> str:

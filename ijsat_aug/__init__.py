@@ -6,43 +6,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import attack, flows, transforms
+    from . import attack, flows, training, transforms
     from .flows.checkpoint import load_flow, save_flow
     from .flows.frozen import FrozenGlow
     from .flows.glow import GlowConfig
     from .flows.recipe import Recipe
     from .flows.registry import CheckpointError, list_flows
     from .flows.trainer import train_flow
+    from .training.loader import AugmentedLoader
     from .transforms import functional
     from .transforms.batch import BatchTransform
     from .transforms.joint_space import JointSpaceAdv
+    from .transforms.robust_mixup import RobustMixup
 
 __version__ = "0.1.0.dev0"
 
 # Loaded on first use, so that the import costs no more than torch.
 _HOMES = {
+    "AugmentedLoader": "training.loader",
     "BatchTransform": "transforms.batch",
     "CheckpointError": "flows.registry",
     "FrozenGlow": "flows.frozen",
     "GlowConfig": "flows.glow",
     "JointSpaceAdv": "transforms.joint_space",
     "Recipe": "flows.recipe",
+    "RobustMixup": "transforms.robust_mixup",
     "list_flows": "flows.registry",
     "load_flow": "flows.checkpoint",
     "save_flow": "flows.checkpoint",
     "train_flow": "flows.trainer",
 }
 
-_ROOMS = {n: n for n in ("attack", "flows", "transforms")}
+_ROOMS = {n: n for n in ("attack", "flows", "training", "transforms")}
 _ROOMS["functional"] = "transforms.functional"
 
 __all__ = [
+    "AugmentedLoader",
     "BatchTransform",
     "CheckpointError",
     "FrozenGlow",
     "GlowConfig",
     "JointSpaceAdv",
     "Recipe",
+    "RobustMixup",
     "attack",
     "flows",
     "functional",
@@ -50,6 +56,7 @@ __all__ = [
     "load_flow",
     "save_flow",
     "train_flow",
+    "training",
     "transforms",
 ]
 

@@ -77,7 +77,7 @@ class Landscape:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
         >>> own = lambda logits: logits.argmax(1)
         >>> land = Landscape(Pixels(), model, cross_entropy, target=own)
-        >>> losses, logits = land.losses(torch.rand(3, 1, 2, 2))
+        >>> losses, logits = land.losses(torch.rand(3, 1, 2, 2), {})
         >>> bool((land.target == logits.argmax(1)).all())
         True
     """
@@ -88,18 +88,22 @@ class Landscape:
     target: Tensor | Callable[[Tensor], Tensor]
     descend: bool = False
 
-    def losses(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, image: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """Per-sample losses (higher is where the attack goes) and logits."""
         logits = self.model(image)
-        if not isinstance(self.target, Tensor):
-            self.target = self.target(logits.detach())
-        losses = self.objective(logits, self.target)
+        losses = self.objective(logits, self.goal(logits, values))
         if losses.shape != image.shape[:1]:
             raise ValueError(
                 f"the objective returned shape {tuple(losses.shape)} for {len(image)} images; it "
                 "must return one loss a sample."
             )
         return (-losses if self.descend else losses), logits
+
+    def goal(self, logits: Tensor, values: Values) -> Tensor:
+        """What the logits are compared with."""
+        if not isinstance(self.target, Tensor):
+            self.target = self.target(logits.detach())
+        return self.target
 
     def reached(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them."""
@@ -193,7 +197,7 @@ def count_steps(variables: Mapping[str, Variable]) -> int:
 def look(landscape: Landscape, values: Values) -> Sight:
     """Show the model the picture of these values."""
     image = landscape.picture(values)
-    return Sight(values, image, *landscape.losses(image))
+    return Sight(values, image, *landscape.losses(image, values))
 
 
 def move(variables: Mapping[str, Variable], sight: Sight, step: int) -> tuple[Values, Tensor]:

@@ -3,5 +3,6 @@
 from . import functional
 from .batch import BatchTransform
 from .joint_space import JointSpaceAdv
+from .robust_mixup import RobustMixup
 
-__all__ = ["BatchTransform", "JointSpaceAdv", "functional"]
+__all__ = ["BatchTransform", "JointSpaceAdv", "RobustMixup", "functional"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class BatchTransform(nn.Module):
     Args:
         model: The model that is attacked; it may come later, by :meth:`bind`.
         p: Probability that a batch is transformed at all.
+        fraction: Share of the samples of a batch that is transformed, chosen at random.
+        mode: ``"replace"`` the samples, or ``"append"`` the new ones behind the clean batch, as
+            second half for split BatchNorm; items other than images and labels stay as they are.
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
         labels_getter: Where the labels are: ``"default"`` (the second item, or the key ``labels``,
@@ -61,6 +64,8 @@ class BatchTransform(nn.Module):
         model: Model | None = None,
         *,
         p: float = 1.0,
+        fraction: float = 1.0,
+        mode: Literal["replace", "append"] = "replace",
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         labels_getter: LabelsGetter = "default",
@@ -72,7 +77,15 @@ class BatchTransform(nn.Module):
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p is a probability, got {p!r}.")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is a share of the samples, got {fraction!r}.")
+        if mode not in ("replace", "append"):
+            raise ValueError(f'mode must be "replace" or "append", got {mode!r}.')
+        if mode == "append" and p < 1:
+            raise ValueError('mode="append" needs p=1: batches must not change their size.')
         self.p = p
+        self.fraction = fraction
+        self.mode = mode
         self.scale = Scale.of(mean, std)
         self.labels_getter = labels_getter
         self.handle = ModelHandle(
@@ -81,6 +94,11 @@ class BatchTransform(nn.Module):
         self.random = Randomness(generator)
         self.last: dict[str, Tensor] = {}
         self._seen: set[torch.device] = set()
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether there is anything to ask of a model."""
+        return True
 
     @property
     def model(self) -> Model | None:
@@ -105,22 +123,57 @@ class BatchTransform(nn.Module):
         check_place()
         parts = take_apart(batch, self.labels_getter)
         check_images(parts.images)
-        if self.model is None:
+        if self.model is None and self.needs_model:
             raise ValueError(
                 f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
             )
         images = parts.images.as_subclass(Tensor)  # torchvision's Image is put on again below
         self.check(images, parts.labels)
+        labels = self.as_labels(images, parts.labels)
         self.last = {}
-        if len(images) == 0 or not self.random.chance(self.p):
-            return parts.rebuild(parts.images.detach(), parts.labels)
-        params = self.make_params(images, parts.labels)
-        images, labels = self.transform(images, parts.labels, params)
+        params = self.draw(images, labels)
+        if params is None:
+            return parts.rebuild(parts.images.detach(), labels)
+        images, labels = self.replay(images, labels, params)
         return parts.rebuild(images.as_subclass(type(parts.images)), labels)
+
+    def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
+        """All that is random for one batch; None when the batch is left as it is.
+
+        Example:
+            >>> BatchTransform(torch.nn.Identity(), p=0).draw(torch.rand(2, 3, 4, 4), None)
+        """
+        count = len(images)
+        chosen = round(self.fraction * count) if self.random.chance(self.p) else 0
+        if chosen == 0:
+            return None
+        if chosen == count:
+            return self.make_params(images, labels)
+        order = self.random.uniform((count,), images.device).argsort()
+        index = order[:chosen].sort().values
+        return {"index": index, **self.make_params(images[index], _pick(labels, index))}
+
+    def replay(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The new batch, given what :meth:`draw` drew."""
+        index = params.get("index")
+        rest = {name: value for name, value in params.items() if name != "index"}
+        some = (images, labels) if index is None else (images[index], _pick(labels, index))
+        new_images, new_labels = self.transform(*some, rest)
+        images = images.detach()
+        if self.mode == "append":
+            return torch.cat([images, new_images]), _joined(labels, new_labels)
+        if index is None:
+            return new_images, new_labels
+        images = images.index_copy(0, index, new_images)
+        return images, labels if new_labels is some[1] else labels.index_copy(0, index, new_labels)
 
     def check(self, images: Tensor, labels: Tensor | None) -> None:
         """Refuse a bad batch before anything runs."""
         self.scale.check(images, values=self.careful(images))
+
+    def as_labels(self, images: Tensor, labels: Any) -> Any:
+        """The labels as they come out, whether or not a sample is transformed."""
+        return labels
 
     def careful(self, images: Tensor) -> bool:
         """Whether to look at values too: always on the host, once on a device."""
@@ -155,3 +208,11 @@ class BatchTransform(nn.Module):
         }
         kept = {k: v for k, v in shown.items() if k not in usual or v != usual[k]}
         return ", ".join(f"{name}={value}" for name, value in kept.items())
+
+
+def _pick(labels: Any, index: Tensor) -> Any:
+    return labels[index] if isinstance(labels, Tensor) else labels
+
+
+def _joined(labels: Any, new: Any) -> Any:
+    return torch.cat([labels, new]) if isinstance(labels, Tensor) else labels

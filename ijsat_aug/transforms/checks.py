@@ -66,8 +66,9 @@ def check_place() -> None:
     """Not in a worker of a DataLoader, whose copy of the model never learns."""
     if get_worker_info() is not None:
         raise ValueError(
-            "this transform runs in a DataLoader worker, where the model is a stale copy: apply it "
-            "in the training loop, to the batch that the loader yields."
+            "this transform runs in a DataLoader worker, where the model is a stale copy: wrap the "
+            "loader in AugmentedLoader(loader, transform, device), or apply it in the training "
+            "loop."
         )
 
 

@@ -64,6 +64,8 @@ class JointSpaceAdv(BatchTransform):
         best: Keep the worst image of each sample, at one more forward pass.
         tau: Friendly stop: leave a sample alone once it was wrong more than ``tau`` times.
         p: Probability that a batch is attacked.
+        fraction: Share of the samples of a batch that is attacked; the others cost nothing.
+        mode: ``"replace"`` the images, or ``"append"`` the attacked ones behind the clean batch.
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
         labels_getter: Where the labels are, as in torchvision's ``MixUp``; see
@@ -113,6 +115,8 @@ class JointSpaceAdv(BatchTransform):
         best: bool = False,
         tau: int | None = None,
         p: float = 1.0,
+        fraction: float = 1.0,
+        mode: Literal["replace", "append"] = "replace",
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         labels_getter: LabelsGetter = "default",
@@ -122,8 +126,9 @@ class JointSpaceAdv(BatchTransform):
         generator: torch.Generator | int | None = None,
     ) -> None:
         super().__init__(
-            model, p=p, mean=mean, std=std, labels_getter=labels_getter, model_mode=model_mode,
-            amp_dtype=amp_dtype, memory_format=memory_format, generator=generator,
+            model, p=p, fraction=fraction, mode=mode, mean=mean, std=std,
+            labels_getter=labels_getter, model_mode=model_mode, amp_dtype=amp_dtype,
+            memory_format=memory_format, generator=generator,
         )  # fmt: skip
         if target not in ("label", "prediction", "random"):
             raise ValueError(f'target must be "label", "prediction" or "random", got {target!r}.')

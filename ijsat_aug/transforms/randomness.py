@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,12 @@ class Randomness:
         """From a standard normal distribution."""
         generator, place = self._on(device)
         return torch.randn(shape, generator=generator, device=place).to(device)
+
+    def beta(self, alpha: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """From Beta(alpha, alpha), drawn on the host by NumPy, which is seeded from here."""
+        words = self.uniform((4,), torch.device("cpu")).double().mul_(2**24).long().tolist()
+        draw = np.random.default_rng(words).beta(alpha, alpha, shape).astype(np.float32)
+        return torch.from_numpy(draw).to(device, non_blocking=True)
 
     def chance(self, p: float) -> bool:
         """Whether something of probability ``p`` happens; drawn on the host unless given there."""

@@ -1,0 +1,74 @@
+"""Adversarial weight perturbation: train at the worst weights of a small neighbourhood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AdversarialWeightPerturbation"]
+
+
+class AdversarialWeightPerturbation:
+    """Moves every weight matrix uphill by ``gamma`` of its norm while the gradient is taken (AWP).
+
+    The weights are put back bit for bit, so that the optimiser steps from where it was, along the
+    gradient of the perturbed place (Wu et al., 2020). BatchNorm's running statistics are those of
+    the training pass alone. Under DDP each process perturbs by its own batch; the gradients are
+    averaged as ever.
+
+    Args:
+        model: The model that is trained.
+        gamma: Size of the perturbation, relative to the norm of each weight.
+
+    Example:
+        >>> model, x = torch.nn.Linear(4, 2), torch.randn(8, 4)
+        >>> awp = AdversarialWeightPerturbation(model, gamma=0.01)
+        >>> before = model.weight.clone()
+        >>> with awp(lambda: model(x).square().mean()) as loss:  # the loss at the worst weights
+        ...     loss.backward()
+        >>> bool((model.weight == before).all()), model.weight.grad is not None
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module, gamma: float = 0.01) -> None:
+        if not gamma >= 0:
+            raise ValueError(f"gamma must be a number >= 0, got {gamma!r}.")
+        self.model = model
+        self.gamma = gamma
+
+    @contextmanager
+    def __call__(self, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """Yield ``loss()`` at the perturbed weights; call ``backward`` inside the block."""
+        self._refuse_cached_casts()
+        weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+        originals = [w.detach().clone() for w in weights]
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for weight, g in zip(weights, gradients, strict=True):
+                if g is not None:
+                    length = g.norm().clamp(min=torch.finfo(g.dtype).tiny)
+                    weight.add_(g * (self.gamma * weight.norm() / length))
+        try:
+            yield loss()
+        finally:
+            with torch.no_grad():
+                for weight, original in zip(weights, originals, strict=True):
+                    weight.copy_(original)
+
+    def _refuse_cached_casts(self) -> None:
+        devices = {p.device.type for p in self.model.parameters()}
+        cached = torch.is_autocast_cache_enabled() and any(
+            torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) for d in devices
+        )
+        if cached:
+            raise RuntimeError(
+                "AWP inside autocast would train on stale casts of the weights: open autocast "
+                "inside the loss function, not around the AWP block."
+            )

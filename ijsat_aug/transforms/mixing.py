@@ -1,0 +1,200 @@
+"""One robust mixup of one batch: everything random comes in from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..attack.ascent import Landscape, Values, Variable, ascend
+from ..attack.balls import LinfBall
+from ..attack.model import ModelHandle
+from ..attack.objectives import Objective, cross_entropy
+from ..flows.manifold import Manifold
+from .blend import Blend, Space, blend, geometric_weight
+from .labels import check_logits
+from .scale import Scale
+
+__all__ = ["Attack", "Mix", "adversity", "mix_batch"]
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How pairs are mixed, and how the weight itself climbs.
+
+    Attributes:
+        lam_steps: Ascent steps of the mixing weight.
+        rho: How far the ascent may take a weight from its draw.
+        lam_step_size: By default 2.5 ``rho`` / steps, 1.25 ``rho`` at most.
+        lam_objective: ``"kl"`` of the prediction from the mixed label, or ``"ce"``, which pulls
+            every weight to 1/2, because there the mixed label itself is least certain.
+        order: ``"mix-attack"`` (Robust Mixup), or ``"attack-mix"`` (IAT).
+        space: Where images are mixed: ``"pixel"``, or ``"latent"`` and ``"spherical"`` on the
+            manifold.
+        label: ``"linear"`` in the weight, or ``"geometric"``: where the attacked image lies.
+
+    Example:
+        >>> Mix(lam_steps=5, rho=0.2).lam_step
+        0.1
+    """
+
+    lam_steps: int = 0
+    rho: float = 0.25
+    lam_step_size: float | None = None
+    lam_objective: Literal["kl", "ce"] = "kl"
+    order: Literal["mix-attack", "attack-mix"] = "mix-attack"
+    space: Space = "pixel"
+    label: Literal["linear", "geometric"] = "linear"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(f'"{a}"' for a in allowed)
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        if isinstance(self.lam_steps, bool) or not isinstance(self.lam_steps, int):
+            raise ValueError(f"lam_steps must be an integer >= 0, got {self.lam_steps!r}.")
+        if self.lam_steps < 0:
+            raise ValueError(f"lam_steps must be an integer >= 0, got {self.lam_steps}.")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho is a distance of weights, from 0 to 1, got {self.rho!r}.")
+        if self.lam_step_size is not None and not self.lam_step_size >= 0:
+            raise ValueError(f"lam_step_size must be a number >= 0, got {self.lam_step_size!r}.")
+        if self.label == "geometric" and self.space != "pixel":
+            raise ValueError('label="geometric" needs the straight line of space="pixel".')
+        if self.label == "geometric" and self.order == "attack-mix":
+            raise ValueError(
+                'label="geometric" needs order="mix-attack": it labels what was moved.'
+            )
+
+    @property
+    def lam_step(self) -> float:
+        """Step size of the weight."""
+        if self.lam_step_size is not None:
+            return self.lam_step_size
+        return min(1.25, 2.5 / max(self.lam_steps, 1)) * self.rho
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "lam_objective": ("kl", "ce"),
+    "order": ("mix-attack", "attack-mix"),
+    "space": ("pixel", "latent", "spherical"),
+    "label": ("linear", "geometric"),
+}
+
+
+def mix_batch(
+    images: Tensor,
+    targets: Tensor,
+    lam: Tensor,
+    mix: Mix,
+    *,
+    attack: Attack | None,
+    handle: ModelHandle,
+    flow: Manifold | None,
+    scale: Scale,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed and attacked images, their targets, and the weights of the own images.
+
+    Args:
+        images: The batch, in its own units.
+        targets: ``(B, C)`` probabilities.
+        lam: ``(B,)`` weights of the own image, or ``(M, B)`` of which the worst is taken.
+        mix: How.
+        attack: Images and targets to attacked images, in the batch's units.
+        handle: The model, for the choice and the ascent of the weights.
+        flow: For mixing in latent space, on the batch's device.
+        scale: Of the batch.
+        seed: Of dropout in the model's train mode.
+    """
+    if mix.order == "attack-mix" and attack is not None:
+        images = attack(images, targets)
+    with torch.inference_mode(False), torch.no_grad():
+        images, targets, lam = (t.clone() if t.is_inference() else t.detach()
+                                for t in (images, targets, lam))  # fmt: skip
+        pixels = scale.to_pixels(images)
+        draws = lam.reshape(-1, len(images), 1, 1, 1).to(pixels.dtype)
+        picture = blend(pixels, mix.space, flow)
+        if len(draws) > 1 or mix.lam_steps:
+            with handle.frozen(images.device, seed):
+                weight = _worst_weight(picture, targets, draws, mix, handle, scale)
+        else:
+            weight = draws[0]
+        mixed = scale.moved(images, pixels, picture({"weight": weight}))
+        labels = _mixed_labels(targets, weight)
+    if mix.order == "mix-attack" and attack is not None:
+        attacked = attack(mixed, labels)
+        if mix.label == "geometric":
+            moved = scale.to_pixels(attacked)
+            weight = geometric_weight(moved, pixels, pixels.roll(1, 0), weight)
+            labels = _mixed_labels(targets, weight)
+        mixed = attacked
+    return torch.empty_like(images).copy_(mixed), labels, weight.flatten()
+
+
+def adversity(kind: str) -> Objective:
+    """How badly a prediction fits a mixed label, as a function of both.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> half = torch.tensor([[0.5, 0.5]])
+        >>> adversity("kl")(logits, half), adversity("ce")(logits, half)
+        (tensor([0.]), tensor([0.6931]))
+    """
+    return _kl if kind == "kl" else cross_entropy
+
+
+def _kl(logits: Tensor, target: Tensor) -> Tensor:
+    # Clamped, so that the gradient to a target of 0 is finite.
+    log_target = target.clamp(min=torch.finfo(target.dtype).tiny).log()
+    return (target * (log_target - logits.log_softmax(1))).sum(1)
+
+
+def _mixed_labels(targets: Tensor, weight: Tensor) -> Tensor:
+    return torch.lerp(targets.roll(1, 0), targets, weight.flatten(1).to(targets.dtype))
+
+
+@dataclass(eq=False)
+class _Adversity(Landscape):
+    """The loss at a blend, under the label that the same weight mixes."""
+
+    partner: Tensor | None = None
+
+    def goal(self, logits: Tensor, values: Values) -> Tensor:
+        assert isinstance(self.target, Tensor)
+        assert self.partner is not None
+        return torch.lerp(self.partner, self.target, values["weight"].flatten(1))
+
+
+def _worst_weight(
+    picture: Blend, targets: Tensor, draws: Tensor, mix: Mix, handle: ModelHandle, scale: Scale
+) -> Tensor:
+    targets = targets.to(draws.dtype)
+
+    def model(image: Tensor) -> Tensor:
+        logits = handle(scale.to_model(image))
+        check_logits(logits, len(image), targets, values=False)
+        return logits
+
+    landscape = _Adversity(
+        picture, model, adversity(mix.lam_objective), targets, partner=targets.roll(1, 0)
+    )
+    weight = draws[0] if len(draws) == 1 else _worst_of(draws, landscape)
+    if not mix.lam_steps or mix.rho == 0:
+        return weight
+    ball = LinfBall(weight, mix.rho, (0.0, 1.0))
+    variable = Variable(weight, ball, mix.lam_step, (True,) * mix.lam_steps)
+    found = ascend(landscape, {"weight": variable})
+    return torch.where(found.finite.reshape(-1, 1, 1, 1), found.values["weight"], weight)
+
+
+@torch.no_grad()
+def _worst_of(draws: Tensor, landscape: _Adversity) -> Tensor:
+    losses = [landscape.losses(landscape.picture(v), v)[0] for v in ({"weight": w} for w in draws)]
+    worst = torch.stack(losses).nan_to_num(-torch.inf).argmax(0)
+    return draws[worst, torch.arange(draws.shape[1], device=draws.device)]

@@ -1,0 +1,277 @@
+"""RobustMixup: blends of pairs, moved to where the model likes them least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attack.balls import Norm
+from ..attack.model import Mode, Model
+from ..attack.objectives import Objective
+from ..flows.manifold import Manifold
+from .batch import BatchTransform
+from .blend import Space
+from .checks import check_flow
+from .joint_space import JointSpaceAdv
+from .labels import as_target
+from .mixing import Attack, Mix, mix_batch
+from .structure import LabelsGetter
+
+__all__ = ["RobustMixup", "soft_labels"]
+
+AnyAttack = BatchTransform | Callable[[Tensor, Tensor], Any]
+
+
+class RobustMixup(BatchTransform):
+    r"""Mixup whose blends are adversarial.
+
+    .. math:: x_m = \lambda x + (1 - \lambda) x', \quad t_m = \lambda t + (1 - \lambda) t', \quad
+        \lambda \sim \mathrm{Beta}(\alpha, \alpha)
+
+    with the neighbour ``roll(1)`` as partner; then the blend climbs the loss under its mixed
+    label: by a few pixel steps, or by ``attack``. With ``attack=JointSpaceAdv(...)`` this is IJSAT,
+    where every blend has an exact latent of its own. Labels come out as float32 rows that sum to
+    1, also where nothing was mixed.
+
+    Args:
+        model: The model that is trained, left exactly as it was; it may come later, by ``bind``.
+        num_classes: Needed when the labels are class numbers.
+        alpha: Of the Beta distribution; 1 is uniform.
+        per_sample: One weight a sample; otherwise one a batch.
+        attack: What climbs on the blend: any transform or callable ``(images, targets)``. Without
+            one, PGD in pixel space with the next four settings. A ``BatchTransform`` without a
+            model gets this one.
+        eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
+        norm: Of its ball.
+        steps: Its forward and backward passes.
+        step_size: By default 2.5 ``eps`` / steps, 1.25 ``eps`` at most.
+        objective: What it climbs; see :class:`JointSpaceAdv`.
+        random_start: Whether it starts at a random point of the ball.
+        lam_steps: Ascent steps of the mixing weight itself, before the attack.
+        rho: How far they may take a weight from its draw.
+        lam_step_size: By default 2.5 ``rho`` / steps, 1.25 ``rho`` at most.
+        lam_objective: ``"kl"``, or ``"ce"``, which pulls every weight to 1/2.
+        draws: Take the worst of so many draws of the weight, at a forward pass each.
+        order: ``"mix-attack"``, or ``"attack-mix"`` (IAT): attacked images are mixed.
+        space: Where images are mixed: ``"pixel"``, or with ``flow`` ``"latent"`` and
+            ``"spherical"``.
+        flow: For mixing in latent space.
+        label: ``"linear"`` in the weight, or ``"geometric"``: where the attacked blend lies.
+        p: Probability that a batch is mixed.
+        fraction: Share of the samples that is mixed, among themselves.
+        mode: ``"replace"`` the batch, or ``"append"`` the blends behind the clean one.
+        mean: Of the normalisation of the batches; without it they are in [0, 1].
+        std: Of the normalisation of the batches.
+        labels_getter: Where the labels are; see :class:`BatchTransform`.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the attack runs.
+        amp_dtype: Autocast of the model in the attack; by default the caller's.
+        memory_format: Of the images inside the attack.
+        generator: A generator or a seed; the global random state is then left alone.
+
+    Attributes:
+        last: Of the last batch: ``lam``, the weight of the own image, and what the attack tells.
+
+    Example:
+        >>> from ijsat_aug import JointSpaceAdv
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> ijsat = RobustMixup(model, num_classes=10, attack=JointSpaceAdv(model, "digits"))
+        >>> x, y = ijsat(torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1]))
+        >>> x.shape, y.shape, bool((y.sum(1) - 1).abs().max() < 1e-6)
+        (torch.Size([4, 1, 8, 8]), torch.Size([4, 10]), True)
+        >>> sorted(ijsat.last)
+        ['fallback', 'lam', 'latent_norm', 'loss', 'loss_start', 'pixel_norm']
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        num_classes: int | None = None,
+        alpha: float = 1.0,
+        per_sample: bool = True,
+        attack: AnyAttack | None = None,
+        eps: float = 1 / 255,
+        norm: Norm = "linf",
+        steps: int = 1,
+        step_size: float | None = None,
+        objective: str | Objective = "ce",
+        random_start: bool = True,
+        lam_steps: int = 0,
+        rho: float = 0.25,
+        lam_step_size: float | None = None,
+        lam_objective: Literal["kl", "ce"] = "kl",
+        draws: int = 1,
+        order: Literal["mix-attack", "attack-mix"] = "mix-attack",
+        space: Space = "pixel",
+        flow: Manifold | None = None,
+        label: Literal["linear", "geometric"] = "linear",
+        p: float = 1.0,
+        fraction: float = 1.0,
+        mode: Literal["replace", "append"] = "replace",
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        labels_getter: LabelsGetter = "default",
+        model_mode: Mode = "eval",
+        amp_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        generator: torch.Generator | int | None = None,
+    ) -> None:
+        shared: dict[str, Any] = {
+            "mean": mean, "std": std, "model_mode": model_mode, "amp_dtype": amp_dtype,
+            "memory_format": memory_format,
+        }  # fmt: skip
+        super().__init__(
+            model, p=p, fraction=fraction, mode=mode, labels_getter=labels_getter,
+            generator=generator, **shared,
+        )  # fmt: skip
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"draws must be an integer >= 1, got {draws!r}.")
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}.")
+        self.mix = Mix(
+            lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size,
+            lam_objective=lam_objective, order=order, space=space, label=label,
+        )  # fmt: skip
+        if space != "pixel" and flow is None:
+            raise ValueError(f"space={space!r} needs a flow.")
+        self._flow = (flow,)
+        self.num_classes, self.alpha, self.per_sample = num_classes, alpha, per_sample
+        self.draws = draws
+        if attack is None and eps > 0:
+            attack = JointSpaceAdv(
+                model, eta=0, eps=eps, norm=norm, steps=steps, step_size=step_size,
+                objective=objective, random_start=random_start, **shared,
+            )  # fmt: skip
+            attack.random = self.random
+        elif isinstance(attack, BatchTransform) and attack.model is None and model is not None:
+            attack.bind(model)
+        self.attack = attack
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether there is anything to ask of a model."""
+        own = isinstance(self.attack, BatchTransform) and self.attack.model is None
+        return own or self.mix.lam_steps > 0 or self.draws > 1
+
+    def bind(self, model: Model) -> RobustMixup:
+        """Set the model, also of an attack that has none or shares this one's."""
+        old = self.model
+        if isinstance(self.attack, BatchTransform) and self.attack.model in (None, old):
+            self.attack.bind(model)
+        return super().bind(model)
+
+    def check(self, images: Tensor, labels: Any) -> None:
+        """Refuse a bad batch before anything runs."""
+        super().check(images, labels)
+        if self.mix.space != "pixel":
+            check_flow(self._flow[0], images)
+        if isinstance(self.attack, BatchTransform):
+            self.attack.check(images, None)
+        self.as_labels(images, labels)
+
+    def as_labels(self, images: Tensor, labels: Any) -> Tensor:
+        """Labels as probabilities."""
+        return soft_labels(labels, len(images), self.num_classes, values=self.careful(images))
+
+    def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
+        """The mixing weights, and what the attack draws.
+
+        Example:
+            >>> mix = RobustMixup(num_classes=3, eps=0, alpha=0.4, generator=0)
+            >>> lam = mix.make_params(torch.rand(4, 3, 2, 2), None)["lam"]
+            >>> lam.shape, bool((0 <= lam).all() and (lam <= 1).all())
+            (torch.Size([4]), True)
+        """
+        count = len(images)
+        shape = (self.draws, count if self.per_sample else 1)
+        lam = self.random.beta(self.alpha, shape, images.device).expand(-1, count)
+        params: dict[str, Any] = {"lam": lam[0] if self.draws == 1 else lam}
+        if isinstance(self.attack, BatchTransform) and self.attack.training:
+            params["attack"] = self.attack.draw(images, labels)
+        if self.handle.mode == "train":
+            params["seed"] = self.random.seed()
+        return params
+
+    def transform(
+        self, images: Tensor, labels: Any, params: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The attacked blends and their labels."""
+        if self.mix.space != "pixel":
+            self._flow = (_on(self._flow[0], images.device),)
+        mixed, targets, lam = mix_batch(
+            images, labels, params["lam"], self.mix,
+            attack=self._attack(params.get("attack")), handle=self.handle, flow=self._flow[0],
+            scale=self.scale, seed=params.get("seed"),
+        )  # fmt: skip
+        facts = self.attack.last if isinstance(self.attack, BatchTransform) else {}
+        self.last = {"lam": lam, **facts}
+        self._seen.add(images.device)
+        return mixed, targets
+
+    def _attack(self, params: dict[str, Any] | None) -> Attack | None:
+        attack = self.attack
+        if isinstance(attack, BatchTransform):
+            attack.last = {}
+            if params is None:
+                return None
+            return lambda images, targets: attack.replay(images, targets, params)[0]
+        if attack is None:
+            return None
+
+        def call(images: Tensor, targets: Tensor) -> Tensor:
+            out = attack(images, targets)
+            moved: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+            return moved.detach()
+
+        return call
+
+    def extra_repr(self) -> str:
+        """The settings that differ from their defaults."""
+        usual = Mix()
+        shown = {"num_classes": self.num_classes, "alpha": self.alpha}
+        shown |= {n: v for n, v in vars(self.mix).items() if v != getattr(usual, n)}
+        words = [f"{name}={value}" for name, value in shown.items()]
+        return ", ".join([super().extra_repr(), *words])
+
+
+def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: bool) -> Tensor:
+    """Labels as float32 probabilities ``(B, C)``; ``values`` costs a host sync.
+
+    Example:
+        >>> soft_labels(torch.tensor([1]), 1, 3, values=True)
+        tensor([[0., 1., 0.]])
+    """
+    if labels is None:
+        raise ValueError(
+            "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
+            "are in the batch."
+        )
+    target = as_target(labels, count)
+    if target.ndim == 2:
+        if num_classes is not None and target.shape[1] != num_classes:
+            raise ValueError(
+                f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
+            )
+        return target.float()
+    if num_classes is None:
+        raise ValueError("class numbers need num_classes= to become probabilities.")
+    if values and count:
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"the labels go from {low} to {high}, num_classes={num_classes} allows 0 to "
+                f"{num_classes - 1}."
+            )
+    rows: Tensor = F.one_hot(target, num_classes)
+    return rows.float()
+
+
+def _on(flow: Any, device: torch.device) -> Any:
+    return flow.to(device) if hasattr(flow, "to") else flow

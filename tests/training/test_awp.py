@@ -1,0 +1,90 @@
+"""AWP against a plain reference; exact restoration."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijsat_aug.training import AdversarialWeightPerturbation
+
+
+def reference_gradients(net: nn.Module, x: Tensor, y: Tensor, gamma: float) -> list[Tensor]:
+    """Perturb a proxy by gamma |w| g / |g| a layer, and take its gradient (Wu et al.)."""
+    proxy = copy.deepcopy(net)
+    names = [n for n, p in proxy.named_parameters() if p.requires_grad and p.ndim > 1]
+    saved = copy.deepcopy(proxy.state_dict())
+    F.cross_entropy(proxy(x), y).backward()
+    proxy.load_state_dict({k: v for k, v in saved.items() if "running" in k or "num_" in k}, False)
+    with torch.no_grad():
+        for name, p in proxy.named_parameters():
+            if name in names:
+                p.add_(gamma * p.norm() * p.grad / p.grad.norm())
+    proxy.zero_grad()
+    F.cross_entropy(proxy(x), y).backward()
+    return [p.grad for p in proxy.parameters()]
+
+
+@pytest.fixture
+def net(network: nn.Sequential) -> nn.Sequential:
+    network[6].p = 0.0
+    return network
+
+
+def test_gradients_are_those_of_the_perturbed_weights(net, digits, labels) -> None:
+    x, y = digits[:32], labels[:32]
+    expected = reference_gradients(net, x, y, 0.02)
+    awp = AdversarialWeightPerturbation(net, gamma=0.02)
+    with awp(lambda: F.cross_entropy(net(x), y)) as loss:
+        loss.backward()
+    for p, g in zip(net.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_come_back_bit_for_bit(net, digits, labels) -> None:
+    before = copy.deepcopy(net.state_dict())
+    awp = AdversarialWeightPerturbation(net, gamma=0.1)
+    with awp(lambda: F.cross_entropy(net(digits), labels)) as loss:
+        inside = [p.detach().clone() for p in net.parameters()]
+        loss.backward()
+    for (name, p), perturbed in zip(net.named_parameters(), inside, strict=True):
+        assert torch.equal(p, before[name])
+        moved = (perturbed - p).norm() / p.norm()
+        assert moved.item() == pytest.approx(0.1 if p.ndim > 1 else 0.0, rel=1e-3)
+    assert int(net[1].num_batches_tracked) == int(before["1.num_batches_tracked"]) + 1
+    with pytest.raises(KeyboardInterrupt), awp(lambda: F.cross_entropy(net(digits), labels)):
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_the_loss_is_higher_there(net, digits, labels) -> None:
+    net.eval()
+    losses = []
+    for gamma in (0.0, 0.01, 0.05):
+        awp = AdversarialWeightPerturbation(net, gamma=gamma)
+        with awp(lambda: F.cross_entropy(net(digits), labels)) as loss:
+            losses.append(loss.item())
+    assert losses == sorted(set(losses))
+
+
+def test_autocast_belongs_inside(net, digits, labels) -> None:
+    awp = AdversarialWeightPerturbation(net)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="open autocast inside the loss function"),
+        awp(lambda: F.cross_entropy(net(digits), labels)),
+    ):
+        pass
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(net(digits), labels)
+
+    with awp(loss) as value:
+        value.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    with pytest.raises(ValueError, match="gamma"):
+        AdversarialWeightPerturbation(net, gamma=-1)

@@ -1,0 +1,75 @@
+"""Split BatchNorm against two plain BatchNorms."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ijsat_aug import RobustMixup
+from ijsat_aug.training import auxiliary_batchnorm, convert_split_batchnorm
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(nn.BatchNorm1d, (8, 3)), (nn.BatchNorm2d, (8, 3, 4, 4)), (nn.BatchNorm3d, (8, 3, 2, 2, 2))],
+)
+def test_each_half_has_its_own_statistics(kind, shape) -> None:
+    plain = kind(3)
+    nn.init.uniform_(plain.weight)
+    clean, adversarial = copy.deepcopy(plain), copy.deepcopy(plain)
+    split = convert_split_batchnorm(nn.Sequential(plain))
+    for _ in range(3):
+        x = torch.randn(shape) + torch.arange(8).reshape(-1, *(1,) * (len(shape) - 1))
+        out = split(x)
+        expected = torch.cat([clean(x[:4]), adversarial(x[4:])])
+        assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.equal(split[0].running_mean, clean.running_mean)
+    assert torch.equal(split[0].auxiliary.running_var, adversarial.running_var)
+    split.eval()
+    assert torch.equal(split(x), clean.eval()(x))
+    with auxiliary_batchnorm(split):
+        assert torch.equal(split(x), adversarial.eval()(x))
+
+
+def test_parameters_keep_their_names_and_train_apart(network, digits, labels) -> None:
+    old = dict(network.state_dict())
+    identities = {n: id(p) for n, p in network.named_parameters()}
+    assert convert_split_batchnorm(network) is network
+    new = network.state_dict()
+    assert set(old) < set(new)
+    assert all("auxiliary" in name for name in set(new) - set(old))
+    assert all(id(p) == identities.get(n, id(p)) for n, p in network.named_parameters())
+    x, t = RobustMixup(network, num_classes=10, mode="append")(digits[:8], labels[:8])
+    nn.functional.cross_entropy(network(x), t).backward()
+    assert network[1].weight.grad.abs().sum() > 0
+    assert network[1].auxiliary.weight.grad.abs().sum() > 0
+    twin = copy.deepcopy(network)
+    assert twin[1].auxiliary is not network[1].auxiliary
+    averaged = AveragedModel(network, use_buffers=True)
+    averaged.update_parameters(network)
+    averaged.eval()
+    network.eval()
+    assert torch.allclose(averaged(digits[:4]), network(digits[:4]))
+
+
+def test_routes(network, digits) -> None:
+    convert_split_batchnorm(network)
+    with auxiliary_batchnorm(network, "clean"):
+        network(digits[:5])
+    assert int(network[1].auxiliary.num_batches_tracked) == 250
+    assert int(network[1].num_batches_tracked) == 251
+    with pytest.raises(KeyboardInterrupt), auxiliary_batchnorm(network):
+        raise KeyboardInterrupt
+    assert network[1].route == "half"
+    with pytest.raises(ValueError, match='mode="append", or the context'):
+        network(digits[:5])
+    with pytest.raises(ValueError, match="route must be"):
+        auxiliary_batchnorm(network, "both").__enter__()
+    with pytest.raises(ValueError, match="no BatchNorm to split"):
+        convert_split_batchnorm(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"convert_split_batchnorm\(model\) first"):
+        auxiliary_batchnorm(nn.Linear(2, 2)).__enter__()

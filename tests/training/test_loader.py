@@ -1,0 +1,118 @@
+"""AugmentedLoader: the loader's own behaviour, and a fresh model for every batch."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from ijsat_aug import AugmentedLoader, RobustMixup
+from ijsat_aug.training import collate
+
+Pair = namedtuple("Pair", "image label")
+
+
+@pytest.fixture
+def data(digits, labels) -> TensorDataset:
+    return TensorDataset(digits[:50], labels[:50])
+
+
+def test_it_is_the_loader_with_other_batches(data, network) -> None:
+    plain = DataLoader(data, batch_size=16, shuffle=True, num_workers=1)
+    loader = AugmentedLoader(plain, RobustMixup(network, num_classes=10), "cpu")
+    assert len(loader) == len(plain) == 4
+    assert loader.dataset is data
+    assert loader.sampler is plain.sampler
+    assert loader.batch_sampler is plain.batch_sampler
+    assert loader.batch_size == 16
+    for _ in range(2):
+        sizes = [(len(x), tuple(t.shape)) for x, t in loader]
+        assert sizes == [(16, (16, 10))] * 3 + [(2, (2, 10))]
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = loader.nonsense
+
+
+def test_the_model_is_fresh_for_every_batch(data) -> None:
+    """The transform of batch k sees the weights after k training steps."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    seen = []
+
+    def transform(batch):
+        seen.append(float(net[1].bias[0].detach()))
+        return batch
+
+    loader = AugmentedLoader(DataLoader(data, batch_size=10, num_workers=1), transform, "cpu")
+    with torch.no_grad():
+        net[1].bias.zero_()
+        for _ in loader:
+            net[1].bias.add_(1)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_unsized_loaders_and_epochs(data) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from ((torch.rand(1, 8, 8), i) for i in range(6))
+
+    loader = AugmentedLoader(DataLoader(Stream(), batch_size=4), lambda batch: batch)
+    assert [len(x) for x, _ in loader] == [4, 2]
+    with pytest.raises(TypeError):
+        len(loader)
+    generator = AugmentedLoader((torch.rand(2, 1) for _ in range(3)), lambda batch: batch * 0)
+    assert [float(b.sum()) for b in generator] == [0, 0, 0]
+    sampler = DistributedSampler(data, num_replicas=2, rank=0)
+    sharded = AugmentedLoader(DataLoader(data, batch_size=5, sampler=sampler), lambda batch: batch)
+    sharded.set_epoch(3)
+    assert sampler.epoch == 3
+
+
+@pytest.mark.parametrize("make", [tuple, list, lambda items: Pair(*items)])
+def test_batches_keep_their_structure_on_the_way_to_the_device(make) -> None:
+    batch = make([torch.rand(2, 1, 4, 4), {"label": torch.ones(2), "path": ["a", "b"]}])
+    (out,) = AugmentedLoader([batch], lambda batch: batch, "meta")
+    assert type(out) is type(batch)
+    assert out[0].device.type == "meta"
+    assert out[1]["label"].device.type == "meta"
+    assert out[1]["path"] == ["a", "b"]
+
+
+def test_collate_runs_here_and_refuses_workers(data, network) -> None:
+    function = collate(RobustMixup(network, num_classes=10))
+    x, t = next(iter(DataLoader(data, batch_size=8, collate_fn=function)))
+    assert x.shape == (8, 1, 8, 8)
+    assert t.shape == (8, 10)
+    loader = DataLoader(
+        data, batch_size=8, collate_fn=function, num_workers=1, multiprocessing_context="fork"
+    )
+    with pytest.raises(ValueError, match=r"stale copy.*AugmentedLoader"):
+        next(iter(loader))
+
+
+def test_a_transform_must_be_callable(data) -> None:
+    with pytest.raises(TypeError, match="transform must be callable"):
+        AugmentedLoader(DataLoader(data), "mixup")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_batches_arrive_complete_and_in_order(data) -> None:
+    loader = AugmentedLoader(DataLoader(data, batch_size=7), lambda batch: batch, "cuda")
+    batches = list(loader)
+    assert all(x.is_cuda and y.is_cuda for x, y in batches)
+    assert torch.equal(torch.cat([x.cpu() for x, _ in batches]), data.tensors[0])
+
+
+def test_one_line_in_an_ordinary_loop(data, network) -> None:
+    loader = DataLoader(data, batch_size=25, shuffle=True)
+    loader = AugmentedLoader(loader, RobustMixup(network, num_classes=10), "cpu")  # the line
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    before = int(network[1].num_batches_tracked)
+    for x, y in loader:
+        loss = F.cross_entropy(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert int(network[1].num_batches_tracked) == before + 2
