@@ -1,6 +1,6 @@
 """The inner maximisation: climb a model's loss over a few variables, inside small balls."""
 
-from .ascent import Ascent, Landscape, Picture, Pixels, Variable, ascend
+from .ascent import Ascent, Deferred, Landscape, Picture, Pixels, Variable, ascend
 from .balls import Ball, L2Ball, LinfBall, unit_ball
 from .clip import clip
 from .friendly import ascend_friendly
@@ -10,6 +10,7 @@ from .objectives import cross_entropy, kl_divergence, margin
 __all__ = [
     "Ascent",
     "Ball",
+    "Deferred",
     "L2Ball",
     "Landscape",
     "LinfBall",

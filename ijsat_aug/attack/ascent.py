@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .balls import Ball
 from .objectives import Objective
 
-__all__ = ["Ascent", "Landscape", "Picture", "Pixels", "Values", "Variable", "ascend"]
+__all__ = ["Ascent", "Deferred", "Landscape", "Picture", "Pixels", "Values", "Variable", "ascend"]
 
 Values = Mapping[str, Tensor]
 
@@ -66,16 +66,28 @@ class Variable:
         return replace(self, start=self.start[index], ball=self.ball.take(index))
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A target that the first logits tell, such as the model's own prediction.
+
+    Example:
+        >>> Deferred(lambda logits: logits.argmax(1)).find(torch.tensor([[1.0, 2.0]]))
+        tensor([1])
+    """
+
+    find: Callable[[Tensor], Tensor]
+
+
 @dataclass(eq=False)
 class Landscape:
     """What is climbed: the loss of a model at a picture of the variables.
 
-    A target that is a function is asked once, with the first logits.
+    A deferred target is found once, from the first logits.
 
     Example:
         >>> from ijsat_aug.attack import cross_entropy
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-        >>> own = lambda logits: logits.argmax(1)
+        >>> own = Deferred(lambda logits: logits.argmax(1))
         >>> land = Landscape(Pixels(), model, cross_entropy, target=own)
         >>> losses, logits = land.losses(torch.rand(3, 1, 2, 2), {})
         >>> bool((land.target == logits.argmax(1)).all())
@@ -85,7 +97,7 @@ class Landscape:
     picture: Picture
     model: Callable[[Tensor], Tensor]
     objective: Objective
-    target: Tensor | Callable[[Tensor], Tensor]
+    target: Any
     descend: bool = False
 
     def losses(self, image: Tensor, values: Values) -> tuple[Tensor, Tensor]:
@@ -101,14 +113,18 @@ class Landscape:
 
     def goal(self, logits: Tensor, values: Values) -> Tensor:
         """What the logits are compared with."""
-        if not isinstance(self.target, Tensor):
-            self.target = self.target(logits.detach())
-        return self.target
+        if isinstance(self.target, Deferred):
+            self.target = self.target.find(logits.detach())
+        return self.target  # type: ignore[no-any-return]
 
     def reached(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them."""
-        assert isinstance(self.target, Tensor)
-        classes = self.target if self.target.ndim == 1 else self.target.argmax(1)
+        target = self.target
+        if logits.ndim != 2 or not isinstance(target, Tensor) or target.ndim > 2:
+            raise ValueError(
+                "tau asks whether a class is wrong: it needs logits (B, C) and labels."
+            )
+        classes = target if target.ndim == 1 else target.argmax(1)
         return (logits.argmax(1) == classes) == self.descend
 
     def take(self, index: Tensor) -> Landscape:
@@ -204,6 +220,10 @@ def move(variables: Mapping[str, Variable], sight: Sight, step: int) -> tuple[Va
     """The values after a step, and a number for each sample that is finite if its gradients are."""
     moving = [name for name, v in variables.items() if v.moves[step]]
     ones = torch.ones_like(sight.losses)  # the sum: no sample weakens another's gradient
+    if not sight.losses.requires_grad:
+        raise ValueError(
+            "the loss has no gradient: the model runs under no_grad, or detaches its input."
+        )
     gradients = torch.autograd.grad(sight.losses, [sight.values[n] for n in moving], ones)
     values = dict(sight.values)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,12 +26,13 @@ class ModelHandle:
 
     It is not a module: the model is neither registered nor moved nor copied with what holds the
     handle. Wrappers with side effects (DDP, DataParallel, the averaged model of EMA) are taken off;
-    a compiled model stays compiled.
+    a compiled model stays compiled. Of a callable that is no module, the module behind it (a bound
+    method, a partial, a closure) is frozen; what a function finds among global names is not.
 
     Args:
         model: A module, or any callable from images to logits; None until there is one.
         mode: ``"eval"`` freezes dropout and BatchNorm while the attack runs; ``"train"`` uses
-            batch statistics and dropout, and puts the running statistics back afterwards.
+            batch statistics and dropout everywhere, and puts the running statistics back.
         amp_dtype: Precision of the model during the attack; by default the caller's autocast.
         memory_format: Of the images that the model gets, such as ``torch.channels_last``.
 
@@ -55,9 +57,21 @@ class ModelHandle:
             raise TypeError(f"model must be a module or a callable, got {type(model).__name__}.")
         if mode not in ("eval", "train"):
             raise ValueError(f'model_mode must be "eval" or "train", got {mode!r}.')
-        if amp_dtype is not None and not amp_dtype.is_floating_point:
-            raise ValueError(f"amp_dtype must be a floating-point type, got {amp_dtype}.")
+        if amp_dtype is not None:
+            floating = isinstance(amp_dtype, torch.dtype) and amp_dtype.is_floating_point
+            if not floating:
+                raise ValueError(f"amp_dtype must be a floating torch.dtype, got {amp_dtype!r}.")
+        if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+            raise ValueError(
+                f"memory_format must be torch.channels_last or contiguous_format, got "
+                f"{memory_format!r}."
+            )
         self.model: Model | None = None if model is None else unwrap(model)
+        if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in _parts(self.model)):
+            raise ValueError(
+                "the model holds a DistributedDataParallel or DataParallel module inside, whose "
+                "collectives an attack must not call: put that wrapper outermost."
+            )
         self.mode = mode
         self.amp_dtype = amp_dtype
         self.memory_format = memory_format
@@ -102,7 +116,7 @@ class ModelHandle:
                 if seed is not None:
                     cuda = [device] if device.type == "cuda" else []
                     stack.enter_context(torch.random.fork_rng(cuda))
-                    torch.manual_seed(seed)
+                    _seed(device, seed)
             try:
                 # Set flag by flag: a user's own train() may do more than set them.
                 for module in modules:
@@ -119,8 +133,10 @@ class ModelHandle:
                     module.training = training
 
     def _dtype(self, default: torch.dtype) -> torch.dtype:
+        """The precision of the parameters, where they agree."""
         parameters = (p for m in _parts(self.model) for p in m.parameters(recurse=False))
-        return next((p.dtype for p in parameters if p.is_floating_point()), default)
+        kinds = {p.dtype for p in parameters if p.is_floating_point()}
+        return kinds.pop() if len(kinds) == 1 else default
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds the settings; the model is bound again on the other side.
@@ -128,6 +144,13 @@ class ModelHandle:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
         return self  # a handle is shared, the model is not copied
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _without_model(
@@ -173,20 +196,35 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _parts(model: Model | None) -> Iterator[nn.Module]:
+def _parts(model: Any) -> Iterator[nn.Module]:
     """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
     model = getattr(model, "_orig_mod", model)
-    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
-    return iter(owner.modules()) if isinstance(owner, nn.Module) else iter(())
+    if isinstance(model, nn.Module):
+        yield from model.modules()
+    elif isinstance(model, partial):
+        yield from _parts(model.func)
+    elif isinstance(getattr(model, "__self__", None), nn.Module):  # a bound method
+        yield from _parts(model.__self__)
+    elif hasattr(model, "__wrapped__") or hasattr(model, "_torchdynamo_orig_callable"):
+        yield from _parts(getattr(model, "__wrapped__", None) or model._torchdynamo_orig_callable)
+    else:  # a function: what it closes over
+        cells = (c.cell_contents for c in getattr(model, "__closure__", None) or () if _full(c))
+        yield from {m: None for c in cells if isinstance(c, nn.Module) for m in c.modules()}
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return bool(cell.cell_contents is not None)
+    except ValueError:  # not assigned yet
+        return False
 
 
 @contextmanager
 def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
-    buffers = [b for m in modules for b in m.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
+    before = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        for module, name, buffer, value in before:
+            buffer.data.copy_(value)  # .data: a pending backward pass may have saved it
+            module._buffers[name] = buffer  # the model may have put another one there

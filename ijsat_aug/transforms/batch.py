@@ -30,7 +30,8 @@ class BatchTransform(nn.Module):
     A subclass draws all that is random in :meth:`make_params` and uses it in :meth:`transform`.
 
     Args:
-        model: The model that is attacked; it may come later, by :meth:`bind`.
+        model: The model that is attacked; it may come later, by :meth:`bind`. A model that draws
+            random numbers even in eval mode draws them from the global state.
         p: Probability that a batch is transformed at all.
         fraction: Share of the samples of a batch that is transformed, chosen at random.
         mode: ``"replace"`` the samples, or ``"append"`` the new ones behind the clean batch, as
@@ -114,6 +115,7 @@ class BatchTransform(nn.Module):
             True
         """
         self.handle = self.handle.to(model)
+        self._seen.clear()
         return self
 
     def forward(self, *batch: Any) -> Any:
@@ -135,6 +137,7 @@ class BatchTransform(nn.Module):
         if params is None:
             return parts.rebuild(parts.images.detach(), labels)
         images, labels = self.replay(images, labels, params)
+        self._seen.add(images.device)
         return parts.rebuild(images.as_subclass(type(parts.images)), labels)
 
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:

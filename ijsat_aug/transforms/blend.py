@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attack.ascent import Values
 from ..attack.clip import clip
 from ..flows.manifold import Manifold
+from .joint_picture import full_precision
 
 __all__ = ["Blend", "LatentBlend", "PixelBlend", "Space", "blend", "geometric_weight"]
 
@@ -57,8 +58,8 @@ class LatentBlend:
     @classmethod
     def of(cls, flow: Manifold, images: Tensor, *, spherical: bool) -> LatentBlend:
         """Each image with its neighbour in the batch."""
-        z = flow.encode(images)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(images.device):
+            z = flow.encode(images)
             lost = images - flow.decode(z).to(images.dtype)
         return cls(flow, z, z.roll(1, 0), lost, lost.roll(1, 0), spherical)
 
@@ -67,7 +68,8 @@ class LatentBlend:
         weight = values["weight"]
         flat = weight.flatten(1)
         mix = _slerp if self.spherical else torch.lerp
-        image = self.flow.decode(mix(self.partner, self.own, flat.to(self.own.dtype)))
+        with full_precision(weight.device):
+            image = self.flow.decode(mix(self.partner, self.own, flat.to(self.own.dtype)))
         return clip(image.to(weight.dtype) + torch.lerp(self.lost_partner, self.lost_own, weight))
 
     def take(self, index: Tensor) -> LatentBlend:

@@ -48,6 +48,12 @@ def check_manifold(flow: Any) -> Manifold:
 def check_flow(flow: Manifold | None, images: Tensor) -> None:
     """A flow that takes these images."""
     flow = check_manifold(flow)
+    if images.shape[1] != flow.shape[0] and images.shape[2:] == flow.shape[1:]:
+        raise ValueError(
+            f"the flow takes images of {flow.shape[0]} channels, the batch has {images.shape[1]} "
+            f"(known flows: {_known()}): convert the images, or train a flow on such images with "
+            "`ijsat-aug train-flow`."
+        )
     if tuple(images.shape[1:]) != tuple(flow.shape):
         raise ValueError(
             f"the flow takes images of {_size(flow.shape)}, the batch has {_size(images.shape[1:])}"

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attack.ascent import Ascent, Landscape, Picture, Pixels, Variable, ascend, begin, finish
+from ..attack.ascent import (
+    Ascent,
+    Deferred,
+    Landscape,
+    Picture,
+    Pixels,
+    Variable,
+    ascend,
+    begin,
+    finish,
+)
 from ..attack.balls import BALLS
 from ..attack.friendly import ascend_friendly
 from ..attack.model import ModelHandle
@@ -33,7 +44,7 @@ class Outcome:
 
 def climb(
     images: Tensor,
-    target: Tensor | Callable[[Tensor], Tensor] | None,
+    target: Any,
     handle: ModelHandle,
     flow: Manifold | None,
     threat: Threat,
@@ -47,6 +58,8 @@ def climb(
     """Attack a batch; ``careful`` checks values too, which costs a host sync on a GPU."""
     starts = (pixel_start if threat.moves_pixels else None,
               latent_start if threat.moves_latent else None)  # fmt: skip
+    if starts[1] is not None and threat.method == "linear":
+        raise ValueError('method="linear" starts at the clean latent; leave latent_start out.')
     idle = threat.steps == 0 and all(start is None for start in starts)
     if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
         return Outcome(images.detach(), {})
@@ -104,21 +117,23 @@ def _space(
 def _goal(
     model: Model,
     pixels: Tensor,
-    target: Tensor | Callable[[Tensor], Tensor] | None,
+    target: Any,
     threat: Threat,
     pixel_start: Tensor | None,
     latent_start: Tensor | None,
-) -> Tensor | Callable[[Tensor], Tensor]:
+) -> Any:
     """What the objective compares with: given, or asked of the model."""
     starts = {"pixel": pixel_start is not None, "latent": latent_start is not None}
+    if threat.steps == 0:
+        return target
     if threat.objective == "kl":
         threat.check_start(**starts)
         with torch.no_grad():
             return model(pixels).log_softmax(1)
     if target is not None:
         return target
-    if threat.begins_clean(**starts) or threat.steps == 0:
-        return _prediction
+    if threat.begins_clean(**starts):
+        return Deferred(_prediction)
     with torch.no_grad():
         return _prediction(model(pixels))
 
@@ -139,7 +154,7 @@ def _search(landscape: Landscape, variables: dict[str, Variable], threat: Threat
 
 def _checked(
     model: Model,
-    target: Tensor | Callable[[Tensor], Tensor] | None,
+    target: Any,
     threat: Threat,
     careful: bool,
 ) -> Model:
@@ -149,7 +164,13 @@ def _checked(
 
     def call(image: Tensor) -> Tensor:
         nonlocal unchecked
+        version = image._version
         logits = model(image)
+        if image._version != version:
+            raise ValueError(
+                "the model changes its input in place, and with it the attack's own images: let it "
+                "work on a copy, as in x = x - mean instead of x.sub_(mean)."
+            )
         if unchecked:
             check_logits(logits, len(image), known, values=careful)
             unchecked = False

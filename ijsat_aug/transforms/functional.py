@@ -11,7 +11,7 @@ from ..attack.balls import Norm
 from ..attack.model import Mode, Model, ModelHandle
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold
-from .checks import check_flow, check_images, check_start
+from .checks import check_flow, check_images, check_place, check_start
 from .climb import climb
 from .labels import as_target
 from .scale import Scale
@@ -47,6 +47,8 @@ def joint_space_adv(
     model_mode: Mode = "eval",
     amp_dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    seed: int | None = None,
+    check_values: bool = True,
 ) -> Tensor:
     r"""Images moved jointly in pixel and latent space to where the model likes them least.
 
@@ -83,6 +85,8 @@ def joint_space_adv(
         model_mode: ``"eval"`` freezes BatchNorm and dropout during the attack.
         amp_dtype: Autocast of the model during the attack; by default the caller's.
         memory_format: Of the images inside the attack.
+        seed: Of dropout in ``model_mode="train"``.
+        check_values: Look at the values of images and labels too, which costs host syncs on a GPU.
 
     Returns:
         A detached batch of the images' dtype, device and layout. A sample whose gradient or decode
@@ -105,10 +109,13 @@ def joint_space_adv(
     )  # fmt: skip
     handle = ModelHandle(model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format)
     scale = Scale.of(mean, std)
+    check_place()
     check_images(images)
-    scale.check(images, values=True)
+    if model is None:
+        raise ValueError("joint_space_adv needs a model.")
+    scale.check(images, values=check_values)
     if labels is not None and not callable(objective):
-        labels = as_target(labels, len(images))
+        labels = as_target(labels, len(images), values=check_values)
     if threat.moves_latent:
         check_flow(flow, images)
     check_start("pixel_start", pixel_start, images.shape)
@@ -116,5 +123,5 @@ def joint_space_adv(
         check_start("latent_start", latent_start, (len(images), flow.latent_dim))
     return climb(
         images, labels, handle, flow, threat, scale,
-        pixel_start=pixel_start, latent_start=latent_start,
+        pixel_start=pixel_start, latent_start=latent_start, seed=seed, careful=check_values,
     ).images  # fmt: skip

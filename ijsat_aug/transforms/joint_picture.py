@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class JointPicture:
         """``(B, C, H, W)``."""
         latent = values["latent"]
         if latent is not self._latent:
-            decoded = self._decode(latent).to(self._clean.dtype)
+            with full_precision(latent.device):
+                decoded = self._decode(latent).to(self._clean.dtype)
             if self._residual is None:
                 self._residual = (self._clean - decoded).detach()
             self._base = clip(decoded + self._residual)
@@ -50,10 +52,11 @@ class JointPicture:
 
 def exact(flow: Manifold, clean: Tensor, *, zero_start: bool) -> tuple[Tensor, JointPicture]:
     """Latents, and a picture whose gradient goes through the decoder at every latent."""
-    z = flow.encode(clean).to(clean.dtype)
+    with full_precision(clean.device):
+        z = flow.encode(clean).to(clean.dtype)
     if zero_start:
         return z, JointPicture(clean, flow.decode)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(clean.device):
         residual = clean - flow.decode(z).to(clean.dtype)
     return z, JointPicture(clean, flow.decode, residual)
 
@@ -68,9 +71,15 @@ def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
         z, tape = flow.encode_with_tape(clean)
         decode = _Once(lambda latent: _CleanImage.apply(latent, clean, flow, tape), flow.decode)
         return z.to(clean.dtype), JointPicture(clean, decode, torch.zeros_like(clean))
-    z = flow.encode(clean).to(clean.dtype)
-    at_clean = _Once(lambda latent: flow.decode(latent + (z - latent).detach()), flow.decode)
-    return z, JointPicture(clean, at_clean)
+    with full_precision(clean.device):
+        return flow.encode(clean).to(clean.dtype), JointPicture(clean, flow.decode)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: rounding a flow's state to bfloat16 would move pixels by 4/255."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class _Once:
@@ -95,4 +104,5 @@ class _CleanImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.flow.vjp(ctx.tape, g).to(g.dtype), None, None, None
+        tape, ctx.tape = ctx.tape, None
+        return ctx.flow.vjp(tape, g).to(g.dtype), None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..attack.ascent import Deferred
 from ..attack.balls import BALLS, Norm, unit_ball
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
@@ -60,7 +61,8 @@ class JointSpaceAdv(BatchTransform):
             there is none), the model's own ``"prediction"``, or, with ``targeted``, a ``"random"``
             other class.
         targeted: Approach the target instead of leaving it.
-        random_start: Start at a uniform point of the balls instead of the image.
+        random_start: Start at a uniform point of the balls instead of the image; with
+            ``method="linear"`` of the pixels alone.
         best: Keep the worst image of each sample, at one more forward pass.
         tau: Friendly stop: leave a sample alone once it was wrong more than ``tau`` times.
         p: Probability that a batch is attacked.
@@ -175,7 +177,8 @@ class JointSpaceAdv(BatchTransform):
         if self.random_start and threat.moves_pixels:
             draw = self._ball(threat.norm, tuple(images.shape), images.device)
             params["pixel_start"] = threat.eps * draw
-        if self.random_start and threat.moves_latent and flow is not None:
+        starts_anywhere = self.random_start and threat.method == "exact"
+        if starts_anywhere and threat.moves_latent and flow is not None:
             draw = self._ball(threat.latent_norm, (len(images), flow.latent_dim), images.device)
             params["latent_start"] = threat.eta * draw
         if self.target == "random":
@@ -196,7 +199,6 @@ class JointSpaceAdv(BatchTransform):
             careful=self.careful(images), **starts,
         )  # fmt: skip
         self.last = outcome.facts
-        self._seen.add(images.device)
         return outcome.images, labels
 
     def extra_repr(self) -> str:
@@ -218,11 +220,13 @@ class JointSpaceAdv(BatchTransform):
 
     def _labels(self, images: Tensor, labels: Any) -> Tensor | None:
         """What the loss is measured against, of the labels that came."""
-        if labels is None or self.target == "prediction":
+        if labels is None and self.threat.targeted and self.target == "label":
+            raise ValueError("targeted=True approaches the labels, and the batch has none.")
+        if labels is None or self.target == "prediction" or self.threat.objective == "kl":
             return None
         if callable(self.threat.objective):
             return labels  # type: ignore[no-any-return]
-        return as_target(labels, len(images))
+        return as_target(labels, len(images), values=self.careful(images))
 
     def _ball(self, norm: Norm, shape: tuple[int, ...], device: torch.device) -> Tensor:
         uniform = partial(self.random.uniform, device=device)
@@ -230,7 +234,7 @@ class JointSpaceAdv(BatchTransform):
         return unit_ball(norm, shape, uniform, normal)
 
 
-def _other(labels: Tensor | None, draw: Tensor) -> Callable[[Tensor], Tensor]:
+def _other(labels: Tensor | None, draw: Tensor) -> Deferred:
     """A random class other than the label's, once the first logits tell how many there are."""
 
     def choose(logits: Tensor) -> Tensor:
@@ -240,7 +244,7 @@ def _other(labels: Tensor | None, draw: Tensor) -> Callable[[Tensor], Tensor]:
         step = 1 + (draw * others).long().clamp(max=others - 1)
         return (own + step) % (others + 1)
 
-    return choose
+    return Deferred(choose)
 
 
 def _load(source: str | PathLike[str]) -> Manifold:

@@ -7,11 +7,20 @@ from torch import Tensor
 
 __all__ = ["as_target", "check_logits"]
 
+# Of torchvision, by name: it need not be imported.
+_NO_LABELS = ("BoundingBoxes", "KeyPoints", "Mask", "Video")
 
-def as_target(labels: Tensor, count: int) -> Tensor:
-    """Labels as the objectives take them: int64 classes or floating probabilities."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+
+def as_target(labels: Tensor, count: int, *, values: bool) -> Tensor:
+    """Labels as the objectives take them: int64 classes or floating probabilities.
+
+    ``values`` looks at the probabilities too, which costs a host sync.
+    """
+    if not isinstance(labels, Tensor) or type(labels).__name__ in _NO_LABELS:
+        raise TypeError(
+            f"labels must be a tensor of classes or probabilities, got {type(labels).__name__}; "
+            "labels_getter= tells where they are."
+        )
     if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise TypeError(f"labels must be class numbers or probabilities, got {labels.dtype}.")
     if labels.ndim == 0 or len(labels) != count:
@@ -22,6 +31,11 @@ def as_target(labels: Tensor, count: int) -> Tensor:
                 f"floating labels must be probabilities of shape ({count}, classes), got "
                 f"{tuple(labels.shape)}; pass class numbers as integers: labels.long()."
             )
+        if values and count and not _are_probabilities(labels):
+            raise ValueError(
+                "floating labels must be probabilities: rows >= 0 that sum to 1; for other targets "
+                "pass a callable objective."
+            )
         return labels if labels.dtype == torch.float64 else labels.float()
     if labels.ndim != 1:
         raise ValueError(
@@ -29,6 +43,11 @@ def as_target(labels: Tensor, count: int) -> Tensor:
             "or pass probabilities as floats."
         )
     return labels.long()
+
+
+def _are_probabilities(labels: Tensor) -> bool:
+    rows = labels.detach().float()
+    return bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-2).all())
 
 
 def check_logits(logits: Tensor, count: int, target: Tensor | None, *, values: bool) -> None:

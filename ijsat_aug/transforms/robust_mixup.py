@@ -212,7 +212,6 @@ class RobustMixup(BatchTransform):
         )  # fmt: skip
         facts = self.attack.last if isinstance(self.attack, BatchTransform) else {}
         self.last = {"lam": lam, **facts}
-        self._seen.add(images.device)
         return mixed, targets
 
     def _attack(self, params: dict[str, Any] | None) -> Attack | None:
@@ -253,7 +252,7 @@ def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: boo
             "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
             "are in the batch."
         )
-    target = as_target(labels, count)
+    target = as_target(labels, count, values=values)
     if target.ndim == 2:
         if num_classes is not None and target.shape[1] != num_classes:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["LabelsGetter", "Parts", "take_apart"]
@@ -55,7 +56,7 @@ def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
 def _sequence(
     batch: tuple[Any, ...] | list[Any], make: Callable[[list[Any]], Any], getter: LabelsGetter
 ) -> Parts:
-    second = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+    second = batch[1] if len(batch) > 1 and _like_labels(batch[1]) else None
     whole = make(list(batch))
     labels = second if getter == "default" else _get(getter, whole)
     place = next((i for i, item in enumerate(batch) if i and item is labels), None)
@@ -95,10 +96,11 @@ def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
 
 def _image_key(batch: Mapping[str, Any]) -> str:
     lower = {str(key).lower(): key for key in batch}
-    for name in _IMAGES:
-        if name in lower:
-            return lower[name]
     pictures = [k for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 4]
+    named = [lower[name] for name in _IMAGES if name in lower]
+    for candidates in ([k for k in named if k in pictures], named):
+        if candidates:
+            return candidates[0]
     if len(pictures) == 1:
         return pictures[0]
     raise ValueError(
@@ -110,7 +112,15 @@ def _image_key(batch: Mapping[str, Any]) -> str:
 def _label_key(batch: Mapping[str, Any]) -> str | None:
     lower = {str(key).lower(): key for key in batch}
     usual = [lower[name] for name in _LABELS if name in lower]
-    return next((k for k in usual if isinstance(batch[k], Tensor)), None)
+    return next((k for k in usual if _like_labels(batch[k])), None)
+
+
+def _like_labels(item: Any) -> bool:
+    """Tensors, and what somebody may have meant as labels: an error later, not silence."""
+    if isinstance(item, Mapping):
+        return _label_key(item) is not None
+    numbers = isinstance(item, (list, tuple)) and all(isinstance(i, (int, float)) for i in item)
+    return isinstance(item, (Tensor, np.ndarray, int, float)) or (numbers and len(item) > 0)
 
 
 def _get(getter: LabelsGetter, batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from ..attack.balls import BALLS, Norm
@@ -65,7 +66,10 @@ class Threat:
     def __post_init__(self) -> None:
         for name in ("eps", "eta", "step_size", "latent_step_size"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            optional = name.endswith("step_size")
+            if value is None and optional:
+                continue
+            if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
         if self.eps > 1 and self.norm == "linf":
             raise ValueError(
@@ -91,6 +95,13 @@ class Threat:
                     "wrong one."
                 )
         self._check_latent_steps()
+        for name, moves in (("delta", self.moves_pixels), ("lambda", self.moves_latent)):
+            moved = self.pixel_moves if name == "delta" else self.latent_moves
+            if moves and self.steps and not any(moved):
+                raise ValueError(
+                    f'update="{self.update}" never moves {name} in steps={self.steps}: give it '
+                    "more steps, or no budget."
+                )
         latent_alone = self.moves_latent and not self.moves_pixels
         if self.method == "linear" and latent_alone and self.steps > 1:
             raise ValueError('method="linear" moves lambda once: with eps=0, set steps=1.')
@@ -192,5 +203,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 
@@ -372,10 +373,85 @@ def test_train_mode_uses_batch_statistics(network, digits, labels) -> None:
     assert modes == [True, False]
 
 
+def test_a_pending_backward_pass_survives(network, options, digits, labels, flow) -> None:
+    """The clean forward first, then the attack, then the backward: as TRADES does."""
+    clean = network(digits[:8])
+    JointSpaceAdv(network, flow, **options)(digits[:8], labels[:8])
+    nn.functional.cross_entropy(clean, labels[:8]).backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_buffers_that_the_model_replaces_come_back(network, digits, labels) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.net(x)
+
+    model = Counting()
+    buffer = model.calls
+    JointSpaceAdv(model, eta=0, model_mode="train")(digits[:8], labels[:8])
+    assert model.calls is buffer
+    assert float(buffer) == 0
+
+
+def test_models_of_mixed_precision_get_the_batch_as_it_is(network, digits, labels) -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+            self.net = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) / self.temperature.float()
+
+    out, _ = JointSpaceAdv(Tempered(), eta=0)(digits[:8], labels[:8])
+    assert not torch.equal(out, digits[:8])
+
+
 def test_any_callable_is_a_model(network, digits, labels) -> None:
-    network.eval()
     expected, _ = JointSpaceAdv(network, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
-    for model in (network.forward, lambda x: {"logits": network(x)}):
+    before = state(network)
+    models = (network.forward, lambda x: {"logits": network(x)}, functools.partial(network))
+    for model in models:  # each in train mode, and frozen while it is attacked
         out, _ = JointSpaceAdv(model, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
         assert torch.equal(out, expected)
-    assert all(p.grad is None for p in network.parameters())
+        assert same(before, state(network))
+
+
+def test_dropout_of_train_mode_is_seeded(network, digits, labels) -> None:
+    options = {"eta": 0, "steps": 2, "model_mode": "train", "random_start": False}
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(50 + len(outs))
+        before = torch.get_rng_state()
+        outs.append(JointSpaceAdv(network, generator=seed, **options)(digits[:8], labels[:8])[0])
+        assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_a_foreign_flow_runs_in_full_precision(network, digits, labels) -> None:
+    seen = []
+
+    class Rotation:
+        shape, latent_dim = (1, 8, 8), 64
+        matrix = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+
+        def encode(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ self.matrix
+
+        def decode(self, z: Tensor) -> Tensor:
+            x = z @ self.matrix.T
+            seen.append(x.dtype)
+            return x.unflatten(1, self.shape)
+
+    for method in ("exact", "linear"):
+        adv = JointSpaceAdv(network, Rotation(), eta=0.01, method=method, amp_dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            adv(digits[:4], labels[:4])
+    assert set(seen) == {torch.float32}

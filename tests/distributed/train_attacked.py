@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
         for _ in range(3):
             x = torch.rand(8, 1, 8, 8, generator=generator)
             y = torch.randint(10, (8,), generator=generator)
-            refuse_collectives(adv, x, y)
+            refuse_collectives(model, adv, x, y)
             x, y = adv(x, y)
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -45,26 +44,32 @@ def main(folder: Path) -> None:
         assert all(torch.equal(weights, other) for other in gathered)
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     (folder / f"rank{rank}.txt").write_text(f"steps {counter} weights {digest}")
+    dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
 
-def refuse_collectives(adv: JointSpaceAdv, x: torch.Tensor, y: torch.Tensor) -> None:
+def refuse_collectives(
+    model: nn.Module, adv: JointSpaceAdv, x: torch.Tensor, y: torch.Tensor
+) -> None:
     """An attack on one rank alone, while the others do something else, must not wait for them."""
     if dist.get_rank() != 0:
         return
-    names = ("all_reduce", "broadcast", "all_gather", "barrier")
-    originals: dict[str, Any] = {name: getattr(dist, name) for name in names}
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a collective inside the attack")
 
-    for name in names:
-        setattr(dist, name, refuse)
+    # All that DDP does around a forward pass begins there.
+    original = DistributedDataParallel.forward
+    DistributedDataParallel.forward = refuse
     try:
-        adv(x, y)
+        try:
+            model(x)
+        except AssertionError:
+            adv(x, y)
+        else:
+            raise RuntimeError("the guard does not see DDP's forward pass")
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        DistributedDataParallel.forward = original
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import tv_tensors
 
 from ijsat_aug import JointSpaceAdv, load_flow
 from ijsat_aug.transforms.functional import joint_space_adv
 
+BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
 X, Y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
 
 
@@ -36,7 +38,11 @@ def untouchable() -> nn.Module:
         (X[0], ValueError, r"\(1, 8, 8\).*\(B, C, H, W\).*collated"),
         (X[None], ValueError, r"\(B, C, H, W\)"),
         (["a", "b"], TypeError, "must be a tensor"),
-        (torch.rand(4, 3, 8, 8), ValueError, "takes images of 1x8x8, the batch has 3x8x8"),
+        (
+            torch.rand(4, 3, 8, 8),
+            ValueError,
+            r"takes images of 1 channels, the batch has 3 .*convert",
+        ),
         (torch.rand(4, 1, 9, 8), ValueError, r"cifar10 3x32x32, digits 1x8x8.*resize.*train-flow"),
     ],
 )
@@ -59,6 +65,13 @@ def test_images(x, error, message, untouchable, flow) -> None:
         (Y.bool(), TypeError, "torch.bool"),
         (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4,\)"),
         (torch.tensor(3), ValueError, r"labels of shape \(\)"),
+        ([0, 1, 2, 3], TypeError, "must be a tensor of classes or probabilities, got list"),
+        (Y.numpy(), TypeError, "got ndarray"),
+        ({"label": Y}, TypeError, "got dict; labels_getter="),
+        (-100 * torch.rand(4, 10), ValueError, "rows >= 0 that sum to 1"),
+        (torch.full((4, 10), torch.nan), ValueError, "rows >= 0 that sum to 1"),
+        (BOXES, TypeError, "got BoundingBoxes"),
+        (tv_tensors.Mask(torch.zeros(4, 8, 8, dtype=torch.long)), TypeError, "got Mask"),
     ],
 )
 def test_labels(y, error, message, untouchable, flow) -> None:
@@ -149,7 +162,13 @@ def test_dense_outputs_with_a_callable_objective(network) -> None:
         ({"mean": [0.5, 0.5], "std": 0.5}, "mean has 2 values and std 1"),
         ({"mean": 0.5, "std": 0.0}, "every std must be > 0"),
         ({"model_mode": "training"}, 'must be "eval" or "train"'),
-        ({"amp_dtype": torch.int8}, "floating-point"),
+        ({"amp_dtype": torch.int8}, "floating torch.dtype"),
+        ({"amp_dtype": "bf16"}, "floating torch.dtype, got 'bf16'"),
+        ({"memory_format": torch.channels_last_3d}, "memory_format must be"),
+        ({"eps": "8/255"}, "eps must be a number >= 0, got '8/255'"),
+        ({"eps": None}, "eps must be a number"),
+        ({"update": "alternating"}, "never moves delta in steps=1"),
+        ({"update": "sequential", "steps": 2, "latent_steps": 2}, "never moves delta"),
     ],
 )
 def test_settings(options, message, untouchable, flow) -> None:
@@ -197,6 +216,35 @@ def test_flows(untouchable) -> None:
     recommended = flow.info["calibration"]["recommended"]
     assert JointSpaceAdv(untouchable, flow).threat.eta == recommended["linf"]
     assert JointSpaceAdv(untouchable, flow, latent_norm="l2").threat.eta == recommended["l2"]
+
+
+def test_what_the_model_may_not_do(network, digits, labels, flow) -> None:
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return network(x.sub_(0.5))
+
+    for options in ({"best": True, "steps": 2}, {"target": "prediction"}, {"objective": "kl"}):
+        with pytest.raises(ValueError, match="changes its input in place"):
+            JointSpaceAdv(InPlace(), flow, **options)(digits[:4], labels[:4])
+    normalised = JointSpaceAdv(InPlace(), eta=0, mean=0.5, std=0.5)
+    normalised(digits[:4] * 2 - 1, labels[:4])  # there it gets a copy anyway
+    for model in (torch.no_grad()(network.forward), lambda x: network(x.detach())):
+        with pytest.raises(ValueError, match="loss has no gradient"):
+            JointSpaceAdv(model, eta=0)(digits[:4], labels[:4])
+    inside = nn.Sequential(nn.Identity(), nn.DataParallel(network))
+    with pytest.raises(ValueError, match="put that wrapper outermost"):
+        JointSpaceAdv(inside, eta=0)
+    with pytest.raises(ValueError, match="the batch has none"):
+        JointSpaceAdv(network, eta=0, targeted=True)(digits[:4])
+    with pytest.raises(ValueError, match="needs a model"):
+        joint_space_adv(digits[:4], None, None, eps=0.1)
+    dense = nn.Conv2d(1, 2, 3, padding=1)
+    with pytest.raises(ValueError, match="tau asks whether a class is wrong"):
+        JointSpaceAdv(dense, eta=0, tau=0, objective=lambda z, y: z.mean((1, 2, 3)))(X, Y)
+    with pytest.raises(ValueError, match="starts at the clean latent"):
+        joint_space_adv(
+            X, Y, network, flow, eta=0.1, method="linear", latent_start=torch.zeros(4, 64)
+        )
 
 
 @pytest.mark.parametrize("name", ["pixel_start", "latent_start"])

@@ -382,7 +382,7 @@ def test_settings(options, message) -> None:
         (None, {}, "mixup needs labels"),
         (torch.tensor([1, 2]), {"num_classes": None}, "need num_classes="),
         (torch.tensor([1, 10]), {}, "num_classes=10 allows 0 to 9"),
-        (torch.rand(2, 5), {}, "5 classes, num_classes is 10"),
+        (torch.full((2, 5), 0.2), {}, "5 classes, num_classes is 10"),
         (torch.rand(2), {}, "probabilities of shape"),
     ],
 )
