@@ -1,4 +1,4 @@
-"""The command line: demo, inspect, train-flow, convert."""
+"""The command line: demo, show, inspect, train-flow, convert."""
 
 from __future__ import annotations
 
@@ -79,16 +79,80 @@ def main(
         raise typer.Exit
 
 
+def _number(text: str) -> float:
+    """A number, or a share such as 8/255."""
+    top, _, bottom = text.partition("/")
+    return float(top) / float(bottom or 1)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(_number(part) for part in text.split(","))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
     flow: Annotated[str, typer.Option(help="Flow of 8x8 digits.")] = "digits",
+    epochs: Annotated[int, typer.Option(min=1, help="Of each of the four trainings.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """See the manifold at work on real digits: exact latents, walks, and latent moves."""
+    """Train on real digits plainly, with mixup, RobustMixup and IJSAT: a table and a picture."""
     from .demo import run
 
     with _plain_errors():
-        run(out, flow)
+        run(out, flow, epochs, seed)
+
+
+@app.command()
+def show(
+    images: Annotated[
+        str, typer.Argument(help="A folder of images, an .npy or .npz file, or 'digits'.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="'module:function' or 'file.py:function' that returns the model, or the name of "
+            "a torchvision classifier; by default a small network, trained on the images."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
+    ] = None,
+    flow: Annotated[
+        str | None, typer.Option(help="Name, folder, or 'owner/name' on the hub.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("gallery.png"),
+    rows: Annotated[int, typer.Option(min=1, help="How many images.")] = 6,
+    size: Annotated[
+        int | None, typer.Option(help="Resize and crop to this; by default the flow's size.")
+    ] = None,
+    eps: Annotated[
+        float, typer.Option(parser=_number, metavar="NUMBER", help="Pixel radius, e.g. 8/255.")
+    ] = 8 / 255,
+    eta: Annotated[
+        float | None, typer.Option(help="Latent radius; by default the calibrated one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every attack.")] = 5,
+    mean: Annotated[
+        tuple[float, ...] | None,
+        typer.Option(parser=_numbers, metavar="R,G,B", help="Normalisation of the model."),
+    ] = None,
+    std: Annotated[
+        tuple[float, ...] | None,
+        typer.Option(parser=_numbers, metavar="R,G,B", help="Normalisation of the model."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
+) -> None:
+    """Draw what the attacks do to your images, with your model and your flow."""
+    from .show import run
+
+    with _plain_errors():
+        run(
+            images, out, model=model, weights=weights, flow=flow, rows=rows, size=size, eps=eps,
+            eta=eta, steps=steps, mean=mean, std=std, seed=seed,
+        )  # fmt: skip
+    typer.echo(f"Wrote {out}.")
 
 
 @app.command()

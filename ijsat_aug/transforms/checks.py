@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..flows.manifold import Manifold
 from ..flows.registry import image_sizes
 
-__all__ = ["check_flow", "check_images", "check_manifold", "check_place", "check_start"]
+__all__ = [
+    "check_flow",
+    "check_images",
+    "check_manifold",
+    "check_place",
+    "check_start",
+    "check_weights",
+]
 
 
 def check_images(images: Any) -> None:
@@ -66,6 +74,21 @@ def check_start(name: str, start: Tensor | None, shape: Sequence[int]) -> None:
     """A start of the right shape."""
     if start is not None and tuple(start.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(start.shape)}.")
+
+
+def check_weights(lam: Tensor | float, images: Tensor, *, values: bool) -> Tensor:
+    """Mixing weights ``(M, B)`` of one, ``(B,)`` or ``(M, B)``; ``values`` costs a host sync."""
+    count = len(images)
+    weights = torch.as_tensor(lam, device=images.device)
+    if weights.ndim > 2 or (weights.ndim and weights.shape[-1] != count):
+        raise ValueError(
+            f"lam must be one weight, ({count},) or (draws, {count}); got {tuple(weights.shape)}."
+        )
+    if weights.ndim == 2 and len(weights) == 0:
+        raise ValueError("lam has no draw to choose from.")
+    if values and weights.numel() and not bool(((weights >= 0) & (weights <= 1)).all()):
+        raise ValueError("lam is the weight of the own image, from 0 to 1.")
+    return weights.expand(count)[None] if weights.ndim < 2 else weights
 
 
 def check_place() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +13,15 @@ from ..attack.balls import Norm
 from ..attack.model import Mode, Model, ModelHandle
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold
-from .checks import check_flow, check_images, check_place, check_start
+from .blend import Space
+from .checks import check_flow, check_images, check_place, check_start, check_weights
 from .climb import climb
-from .labels import as_target
+from .labels import as_target, soft_labels
+from .mixing import Mix, images_of, mix_batch
 from .scale import Scale
 from .threat import Method, Threat, Update
 
-__all__ = ["joint_space_adv"]
+__all__ = ["joint_space_adv", "robust_mixup"]
 
 
 def joint_space_adv(
@@ -125,3 +129,117 @@ def joint_space_adv(
         images, labels, handle, flow, threat, scale,
         pixel_start=pixel_start, latent_start=latent_start, seed=seed, careful=check_values,
     ).images  # fmt: skip
+
+
+def robust_mixup(
+    images: Tensor,
+    labels: Tensor,
+    model: Model | None = None,
+    *,
+    lam: Tensor | float,
+    num_classes: int | None = None,
+    attack: Callable[[Tensor, Tensor], Any] | None = None,
+    eps: float = 0.0,
+    norm: Norm = "linf",
+    steps: int = 1,
+    step_size: float | None = None,
+    objective: str | Objective = "ce",
+    pixel_start: Tensor | None = None,
+    lam_steps: int = 0,
+    rho: float = 0.25,
+    lam_step_size: float | None = None,
+    lam_objective: Literal["kl", "ce"] = "kl",
+    order: Literal["mix-attack", "attack-mix"] = "mix-attack",
+    space: Space = "pixel",
+    flow: Manifold | None = None,
+    label: Literal["linear", "geometric"] = "linear",
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    model_mode: Mode = "eval",
+    amp_dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    seed: int | None = None,
+    check_values: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Images mixed with their neighbours, moved to where the model likes the blends least.
+
+    .. math:: x_m = \lambda x + (1 - \lambda) x', \quad t_m = \lambda t + (1 - \lambda) t'
+
+    with ``roll(1)`` as x'. ``lam_steps=0, eps=0`` without an ``attack`` is plain mixup and needs no
+    model.
+
+    Args:
+        images: ``(B, C, H, W)``, in [0, 1] or normalised by ``mean`` and ``std``.
+        labels: Classes ``(B,)`` or probabilities ``(B, C)``.
+        model: Classifier; left exactly as it was.
+        lam: Weight of the own image: one, or ``(B,)``, or ``(M, B)`` of which the worst is taken.
+        num_classes: Needed when the labels are class numbers.
+        attack: What climbs on the blend, ``(images, targets) -> images`` or a transform; without
+            one, PGD with the next six settings.
+        eps: Radius of the pixel perturbation, in [0, 1] pixels.
+        norm: Of its ball.
+        steps: Its forward and backward passes.
+        step_size: By default 2.5 ``eps`` / steps, 1.25 ``eps`` at most.
+        objective: What it climbs; see :func:`joint_space_adv`.
+        pixel_start: Where it starts.
+        lam_steps: Ascent steps of the mixing weight itself, before the attack.
+        rho: How far they may take a weight.
+        lam_step_size: By default 2.5 ``rho`` / steps, 1.25 ``rho`` at most.
+        lam_objective: ``"kl"``, or ``"ce"``, which pulls every weight to 1/2.
+        order: ``"mix-attack"``, or ``"attack-mix"`` (IAT).
+        space: Where images are mixed: ``"pixel"``, ``"latent"`` or ``"spherical"``.
+        flow: For mixing in latent space, on the images' device.
+        label: ``"linear"`` in the weight, or ``"geometric"``.
+        mean: Of the normalisation of ``images``.
+        std: Of the normalisation of ``images``.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the model is asked.
+        amp_dtype: Autocast of the model; by default the caller's.
+        memory_format: Of the images that the model gets.
+        seed: Of dropout in ``model_mode="train"``.
+        check_values: Look at the values of images and labels too, which costs host syncs on a GPU.
+
+    Returns:
+        Detached images and their float32 probabilities.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> mixed, t = robust_mixup(x, y, lam=0.75, num_classes=10)  # plain mixup
+        >>> t[0].unique(), bool(torch.allclose(mixed[0], 0.75 * x[0] + 0.25 * x[3]))
+        (tensor([0.0000, 0.2500, 0.7500]), True)
+        >>> worse, same = robust_mixup(x, y, model, lam=0.75, num_classes=10, eps=4 / 255)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> bool((same == t).all()), bool(loss(model(worse), t) > loss(model(mixed), t))
+        (True, True)
+    """
+    mix = Mix(
+        lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size, lam_objective=lam_objective,
+        order=order, space=space, label=label,
+    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "model_mode": model_mode, "amp_dtype": amp_dtype, "memory_format": memory_format,
+    }  # fmt: skip
+    handle = ModelHandle(model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format)
+    scale = Scale.of(mean, std)
+    check_place()
+    check_images(images)
+    scale.check(images, values=check_values)
+    targets = soft_labels(labels, len(images), num_classes, values=check_values)
+    weights = check_weights(lam, images, values=check_values)
+    if space != "pixel":
+        check_flow(flow, images)
+    if model is None and (lam_steps or len(weights) > 1 or (attack is None and eps > 0)):
+        raise ValueError("robust_mixup asks a model here: pass one, or lam_steps=0 and eps=0.")
+    if attack is None and eps > 0:
+        assert model is not None
+        check_start("pixel_start", pixel_start, images.shape)
+        attack = partial(
+            joint_space_adv, model=model, eps=eps, norm=norm, steps=steps, step_size=step_size,
+            objective=objective, pixel_start=pixel_start, mean=mean, std=std, seed=seed,
+            check_values=False, **shared,
+        )  # fmt: skip
+    mixed, targets, _ = mix_batch(
+        images, targets, weights, mix, attack=None if attack is None else images_of(attack),
+        handle=handle, flow=flow, scale=scale, seed=seed,
+    )  # fmt: skip
+    return mixed, targets

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["as_target", "check_logits"]
+__all__ = ["as_target", "check_logits", "soft_labels"]
 
 # Of torchvision, by name: it need not be imported.
 _NO_LABELS = ("BoundingBoxes", "KeyPoints", "Mask", "Video")
@@ -43,6 +46,38 @@ def as_target(labels: Tensor, count: int, *, values: bool) -> Tensor:
             "or pass probabilities as floats."
         )
     return labels.long()
+
+
+def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: bool) -> Tensor:
+    """Labels as float32 probabilities ``(B, C)``; ``values`` costs a host sync.
+
+    Example:
+        >>> soft_labels(torch.tensor([1]), 1, 3, values=True)
+        tensor([[0., 1., 0.]])
+    """
+    if labels is None:
+        raise ValueError(
+            "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
+            "are in the batch."
+        )
+    target = as_target(labels, count, values=values)
+    if target.ndim == 2:
+        if num_classes is not None and target.shape[1] != num_classes:
+            raise ValueError(
+                f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
+            )
+        return target.float()
+    if num_classes is None:
+        raise ValueError("class numbers need num_classes= to become probabilities.")
+    if values and count:
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"the labels go from {low} to {high}, num_classes={num_classes} allows 0 to "
+                f"{num_classes - 1}."
+            )
+    rows: Tensor = F.one_hot(target, num_classes)
+    return rows.float()
 
 
 def _are_probabilities(labels: Tensor) -> bool:

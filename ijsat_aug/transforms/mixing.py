@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .blend import Blend, Space, blend, geometric_weight
 from .labels import check_logits
 from .scale import Scale
 
-__all__ = ["Attack", "Mix", "adversity", "mix_batch"]
+__all__ = ["Attack", "Mix", "adversity", "images_of", "mix_batch"]
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -135,6 +135,23 @@ def mix_batch(
             labels = _mixed_labels(targets, weight)
         mixed = attacked
     return torch.empty_like(images).copy_(mixed), labels, weight.flatten()
+
+
+def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
+    """The images alone of an attack that may return labels too.
+
+    Example:
+        >>> x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+        >>> images_of(lambda images, labels: (1 - images, labels))(x, y).shape
+        torch.Size([2, 1, 2, 2])
+    """
+
+    def call(images: Tensor, targets: Tensor) -> Tensor:
+        out = attack(images, targets)
+        moved: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        return moved.detach()
+
+    return call
 
 
 def adversity(kind: str) -> Objective:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attack.balls import Norm
@@ -18,11 +17,11 @@ from .batch import BatchTransform
 from .blend import Space
 from .checks import check_flow
 from .joint_space import JointSpaceAdv
-from .labels import as_target
-from .mixing import Attack, Mix, mix_batch
+from .labels import soft_labels
+from .mixing import Attack, Mix, images_of, mix_batch
 from .structure import LabelsGetter
 
-__all__ = ["RobustMixup", "soft_labels"]
+__all__ = ["RobustMixup"]
 
 AnyAttack = BatchTransform | Callable[[Tensor, Tensor], Any]
 
@@ -221,15 +220,7 @@ class RobustMixup(BatchTransform):
             if params is None:
                 return None
             return lambda images, targets: attack.replay(images, targets, params)[0]
-        if attack is None:
-            return None
-
-        def call(images: Tensor, targets: Tensor) -> Tensor:
-            out = attack(images, targets)
-            moved: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-            return moved.detach()
-
-        return call
+        return None if attack is None else images_of(attack)
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
@@ -238,38 +229,6 @@ class RobustMixup(BatchTransform):
         shown |= {n: v for n, v in vars(self.mix).items() if v != getattr(usual, n)}
         words = [f"{name}={value}" for name, value in shown.items()]
         return ", ".join([super().extra_repr(), *words])
-
-
-def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: bool) -> Tensor:
-    """Labels as float32 probabilities ``(B, C)``; ``values`` costs a host sync.
-
-    Example:
-        >>> soft_labels(torch.tensor([1]), 1, 3, values=True)
-        tensor([[0., 1., 0.]])
-    """
-    if labels is None:
-        raise ValueError(
-            "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
-            "are in the batch."
-        )
-    target = as_target(labels, count, values=values)
-    if target.ndim == 2:
-        if num_classes is not None and target.shape[1] != num_classes:
-            raise ValueError(
-                f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
-            )
-        return target.float()
-    if num_classes is None:
-        raise ValueError("class numbers need num_classes= to become probabilities.")
-    if values and count:
-        low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"the labels go from {low} to {high}, num_classes={num_classes} allows 0 to "
-                f"{num_classes - 1}."
-            )
-    rows: Tensor = F.one_hot(target, num_classes)
-    return rows.float()
 
 
 def _on(flow: Any, device: torch.device) -> Any:

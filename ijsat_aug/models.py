@@ -1,0 +1,138 @@
+"""The user's model, from the few words that a command line has."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_model"]
+
+_WRAPPERS = ("model", "state_dict", "net", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
+    """A model in eval mode.
+
+    Args:
+        source: ``"package.module:function"`` or ``"file.py:function"``, a function without
+            arguments that returns the model; or the name of a torchvision classifier.
+        weights: A state dict, as ``.safetensors`` or as a ``.pt`` / ``.pth`` file of tensors alone
+            (nothing else is unpickled). For a torchvision model also ``"DEFAULT"``, its own.
+
+    Example:
+        >>> model = load_model("torch.nn:Flatten")
+        >>> model, model.training
+        (Flatten(start_dim=1, end_dim=-1), False)
+    """
+    if ":" in source:
+        model = _call(*source.rsplit(":", 1))
+        if weights is not None:
+            _fill(model, _state(Path(weights)), weights)
+    else:
+        model = _torchvision(source, weights)
+    return model.eval()
+
+
+def _call(place: str, name: str) -> nn.Module:
+    with _current_folder_importable():
+        module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
+    make = getattr(module, name, None)
+    if not callable(make):
+        raise ValueError(f"{place} has no function {name!r}.")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{place}:{name}() must return a module, got {type(model).__name__}.")
+    return model
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not name.startswith(error.name):
+            raise
+        raise ValueError(f"there is no module {name!r} to import a model from.") from error
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """As with ``python -m``: a console script does not look there by itself."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(
+            f"{name!r} is neither 'module:function' nor a classifier of torchvision "
+            "(resnet18, convnext_tiny, vit_b_16, ...)."
+        )
+    if weights is None:
+        raise ValueError(f"{name} without weights knows nothing: pass a file, or DEFAULT.")
+    if str(weights) == "DEFAULT":
+        model: nn.Module = models.get_model(name, weights="DEFAULT")
+        return model
+    state = _state(Path(weights))
+    classes = len(next(reversed(state.values())))  # the last bias is the classifier's
+    model = models.get_model(name, num_classes=classes)
+    _fill(model, state, weights)
+    return model
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        found: Any = load_file(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    for name in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not (isinstance(found, Mapping) and found and _all_tensors(found)):
+        raise ValueError(f"{path} holds no state dict of tensors.")
+    state = dict(found)
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def _all_tensors(found: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in found.values())
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], weights: str | Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"{weights} does not fit the model: {first}") from error

@@ -1,0 +1,81 @@
+"""The gallery of a user's own images, model and flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .attack.model import ModelHandle
+from .flows.checkpoint import load_flow
+from .flows.data import ImageData, load_images
+from .flows.probe import probe_network
+from .gallery import draw, gallery
+from .models import load_model
+from .transforms.scale import Scale
+
+__all__ = ["run"]
+
+
+def run(
+    source: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    flow: str | None = None,
+    rows: int = 6,
+    size: int | None = None,
+    eps: float = 8 / 255,
+    eta: float | None = None,
+    steps: int = 5,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw the gallery; the arguments are those of ``ijsat-aug show``.
+
+    Labels are those of the images when the model has as many classes, and otherwise the model's own
+    predictions.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     run("digits", Path(place, "a.png"), flow="digits", rows=2)
+        ...     Path(place, "a.png").stat().st_size > 0
+        True
+    """
+    manifold = None if flow is None else load_flow(flow)
+    if size is None and manifold is not None:
+        size = manifold.shape[1]
+    data = load_images(source, size=size)
+    pixels = data.images.float() / (data.bins - 1)
+    if model is None:
+        if weights is not None:
+            raise ValueError("weights belong to a model: say which, with --model.")
+        if mean is not None or std is not None:
+            raise ValueError("mean and std belong to a model: say which, with --model.")
+        network = probe_network(pixels, data.labels)
+    else:
+        network = load_model(model, weights)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    index = order[:rows].sort().values
+    x = pixels[index]
+    labels = _labels(data, network, Scale.of(mean, std).to_model(x[:1]))
+    labels = None if labels is None else labels[index]
+    columns = gallery(
+        network, x, labels, manifold, eps=eps, eta=eta, steps=steps, mean=mean, std=std
+    )
+    draw(columns, out, data.classes if labels is not None else None)
+
+
+@torch.no_grad()
+def _labels(data: ImageData, network: nn.Module, batch: Tensor) -> Tensor | None:
+    """The images' own labels, if the model has as many classes."""
+    handle = ModelHandle(network)
+    with handle.frozen(batch.device, None):
+        classes = handle(batch).shape[1]
+    same = data.labels is not None and int(data.labels.max()) + 1 == classes
+    return data.labels if same else None
