@@ -36,6 +36,21 @@ def keep_memory() -> None:
     libc.mallopt(mmap_threshold, 2**30)
 
 
+def start_peak() -> int:
+    """Give freed memory back, start a new peak, and tell how many bytes are resident (Linux)."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 2**20)  # mmap_threshold: large blocks leave when they are freed
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(name: str) -> int:
+    """Bytes of the process: ``VmRSS`` now, ``VmHWM`` at most since :func:`start_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 8
 ) -> dict[str, list[float]]:

@@ -1,0 +1,165 @@
+"""What an augmentation costs: a whole training step with it, as a multiple of a plain step.
+
+Run:  python benchmarks/speed/step.py                (fifteen minutes on two cores)
+
+One process, contenders interleaved, medians over rounds with quartiles: a CIFAR ResNet-18 at 32
+pixels with batch 128, SGD with momentum; forward, backward and optimiser step in float32, and what
+the augmentation does before. "p=0.5" is the mean of a step with and a step without the attack. The
+peak memory of a step, weights and optimiser aside, is taken in a fresh process for each: resident
+memory on a CPU (Linux), what CUDA tells on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.harness import interleave, median_ms, ratio, record, resident, start_peak
+from benchmarks.networks import cifar_resnet18
+from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
+from ijsat_aug.training import convert_split_batchnorm
+
+TARGETS = {"RobustMixup": 2.0, "RobustMixup, bf16 attack": 1.5, "RobustMixup, p=0.5": 1.5}
+Augment = Callable[[Tensor, Tensor], Any]
+Step = Callable[[], object]
+
+
+def training_step(network: nn.Module, x: Tensor, y: Tensor, augment: Augment | None) -> Step:
+    """One step of an ordinary loop."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+
+    def step() -> None:
+        images, labels = (x, y) if augment is None else augment(x, y)
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def both(one: Step, two: Step) -> Step:
+    """Two steps, one after the other."""
+
+    def run() -> None:
+        one()
+        two()
+
+    return run
+
+
+def steps(x: Tensor, y: Tensor) -> dict[str, Step]:
+    """The step with every augmentation."""
+    network = cifar_resnet18().train().to(x.device)
+    split = convert_split_batchnorm(cifar_resnet18()).train().to(x.device)
+    flow = load_flow("cifar10", device=x.device)
+    low = load_flow("cifar10", device=x.device, compute_dtype=torch.bfloat16)
+    bf16: dict[str, Any] = {"amp_dtype": torch.bfloat16}
+
+    def mixup(
+        attack: JointSpaceAdv | None = None, model: nn.Module = network, **options: Any
+    ) -> Any:
+        return RobustMixup(model, num_classes=10, attack=attack, **options)
+
+    augmentations: dict[str, Augment | None] = {
+        "plain": None,
+        "torchvision's MixUp": v2.MixUp(num_classes=10),
+        "mixup": mixup(eps=0),
+        "RobustMixup": mixup(),
+        "RobustMixup, bf16 attack": mixup(**bf16),
+        "JointSpaceAdv, linear": JointSpaceAdv(network, flow, method="linear"),
+        "JointSpaceAdv, linear, bf16": JointSpaceAdv(network, low, method="linear", **bf16),
+        "JointSpaceAdv": JointSpaceAdv(network, flow),
+        "IJSAT, linear, bf16": mixup(JointSpaceAdv(network, low, method="linear", **bf16)),
+        "IJSAT": mixup(JointSpaceAdv(network, flow)),
+        "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
+        "IJSAT, 10 steps": mixup(JointSpaceAdv(network, flow, steps=10)),
+    }
+    runs = {name: training_step(network, x, y, a) for name, a in augmentations.items()}
+    appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
+    runs["IJSAT, appended, split BatchNorm"] = training_step(split, x, y, appended)
+    half = mixup(), mixup(p=0)
+    runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a) for a in half))
+    return runs
+
+
+def peak_memory(step: Step, device: torch.device) -> int:
+    """Bytes at the fullest moment of a step, on top of what was there before."""
+    for _ in range(2):
+        step()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = start_peak()
+    step()
+    return resident("VmHWM") - before
+
+
+def peak_memory_apart(name: str, batch: int) -> int:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--batch", str(batch), "--memory-of", name]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def batch_of(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and labels."""
+    torch.manual_seed(0)
+    x = torch.rand(count, 3, 32, 32, device=device)
+    return x, torch.randint(10, (count,), device=device)
+
+
+def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Times and memory of every step, as multiples of the plain one."""
+    runs = steps(*batch_of(batch, device))
+    seconds = interleave(runs, rounds, warmup=1)
+    seconds["RobustMixup, p=0.5"] = [s / 2 for s in seconds["RobustMixup, p=0.5"]]
+    bytes_ = {name: peak_memory_apart(name, batch) for name in runs}
+    return {
+        "ms": {name: median_ms(times) for name, times in seconds.items()},
+        "ratios": {name: ratio(times, seconds["plain"]) for name, times in seconds.items()},
+        "peak_megabytes": {name: round(value / 1e6) for name, value in bytes_.items()},
+        "memory_ratios": {n: round(value / bytes_["plain"], 3) for n, value in bytes_.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", help="print the peak memory of one step, in bytes")
+    parser.add_argument("--no-record", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.memory_of is not None:
+        runs = steps(*batch_of(options.batch, device))
+        print(peak_memory(runs[options.memory_of], device))
+        return
+    result = measure(options.batch, options.rounds, device)
+    for name, value in result["ratios"].items():
+        target = TARGETS.get(name)
+        verdict = "" if target is None else f"target {target} " + "✗✓"[value["median"] <= target]
+        spread = f"[{value['q1']:.2f}-{value['q3']:.2f}]"
+        memory = result["memory_ratios"][name]
+        print(f"  {name:<34} {value['median']:6.2f} {spread:<15} memory {memory:.2f} {verdict}")
+    if not options.no_record:
+        payload = {"network": "cifar_resnet18", "flow": "cifar10", "batch": options.batch}
+        payload |= {"rounds": options.rounds, "seed": 0, "targets": TARGETS, **result}
+        payload["threads"] = torch.get_num_threads()
+        print(record(f"speed-step-{device.type}".replace("cuda", "gpu"), payload))
+
+
+if __name__ == "__main__":
+    main()
