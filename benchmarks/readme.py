@@ -101,7 +101,30 @@ def attack_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"attack": attack_table, "flows": flows_table, "speed": speed_table}
+def step_table() -> str:
+    """Time and memory of a training step."""
+    result = load("speed-step-cpu")
+    lines = ["| | time | peak memory |", "|---|---|---|"]
+    for name, r in result["ratios"].items():
+        if name != "plain":
+            memory = result["memory_ratios"][name]
+            lines.append(
+                f"| {name} | {r['median']:.2f} [{r['q1']:.2f}–{r['q3']:.2f}] | {memory:.2f} |"
+            )
+    lines.append("")
+    lines.append(
+        f"Median [quartiles] of {result['rounds']} interleaved rounds; one attack step where no "
+        f"number is given. {result['hardware']}, torch {result['torch']}, {result['date']}."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "attack": attack_table,
+    "flows": flows_table,
+    "speed": speed_table,
+    "step": step_table,
+}
 
 
 def render(text: str) -> str:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import attack, flows, training, transforms
+    from . import attack, flows, functional, training, transforms
     from .flows.checkpoint import load_flow, save_flow
     from .flows.frozen import FrozenGlow
     from .flows.glow import GlowConfig
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .flows.registry import CheckpointError, list_flows
     from .flows.trainer import train_flow
     from .training.loader import AugmentedLoader
-    from .transforms import functional
     from .transforms.batch import BatchTransform
     from .transforms.joint_space import JointSpaceAdv
     from .transforms.robust_mixup import RobustMixup
@@ -37,8 +36,7 @@ _HOMES = {
     "train_flow": "flows.trainer",
 }
 
-_ROOMS = {n: n for n in ("attack", "flows", "training", "transforms")}
-_ROOMS["functional"] = "transforms.functional"
+_ROOMS = ("attack", "flows", "functional", "training", "transforms")
 
 __all__ = [
     "AugmentedLoader",
@@ -63,7 +61,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return import_module(f".{_ROOMS[name]}", __name__)
+        return import_module(f".{name}", __name__)
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

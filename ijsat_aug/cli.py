@@ -82,12 +82,15 @@ def main(
 def _number(text: str) -> float:
     """A number, or a share such as 8/255."""
     top, _, bottom = text.partition("/")
-    return float(top) / float(bottom or 1)
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{text!r} is no number; write for example 0.03 or 8/255.") from error
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _numbers(text: str | None) -> tuple[float, ...] | None:
     """Numbers with commas between them."""
-    return tuple(_number(part) for part in text.split(","))
+    return None if text is None else tuple(_number(part) for part in text.split(","))
 
 
 @app.command()
@@ -127,20 +130,16 @@ def show(
     size: Annotated[
         int | None, typer.Option(help="Resize and crop to this; by default the flow's size.")
     ] = None,
-    eps: Annotated[
-        float, typer.Option(parser=_number, metavar="NUMBER", help="Pixel radius, e.g. 8/255.")
-    ] = 8 / 255,
+    eps: Annotated[str, typer.Option(help="Pixel radius, in [0, 1] pixels.")] = "8/255",
     eta: Annotated[
         float | None, typer.Option(help="Latent radius; by default the calibrated one.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of every attack.")] = 5,
     mean: Annotated[
-        tuple[float, ...] | None,
-        typer.Option(parser=_numbers, metavar="R,G,B", help="Normalisation of the model."),
+        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
     ] = None,
     std: Annotated[
-        tuple[float, ...] | None,
-        typer.Option(parser=_numbers, metavar="R,G,B", help="Normalisation of the model."),
+        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Which images.")] = 0,
 ) -> None:
@@ -149,8 +148,9 @@ def show(
 
     with _plain_errors():
         run(
-            images, out, model=model, weights=weights, flow=flow, rows=rows, size=size, eps=eps,
-            eta=eta, steps=steps, mean=mean, std=std, seed=seed,
+            images, out, model=model, weights=weights, flow=flow, rows=rows, size=size,
+            eps=_number(eps), eta=eta, steps=steps, mean=_numbers(mean), std=_numbers(std),
+            seed=seed,
         )  # fmt: skip
     typer.echo(f"Wrote {out}.")
 

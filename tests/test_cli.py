@@ -24,7 +24,7 @@ def run(*arguments: object) -> Result:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "inspect", "train-flow", "convert"):
+    for command in ("demo", "show", "inspect", "train-flow", "convert"):
         assert command in result.output
 
 
@@ -32,17 +32,54 @@ def test_version() -> None:
     assert run("--version").output.strip() == ijsat_aug.__version__
 
 
-def test_the_demo_moves_real_digits_and_draws_them(tmp_path: Path) -> None:
-    result = run("demo", "--out", tmp_path)
+@pytest.mark.slow
+def test_the_demo_trains_compares_and_draws(tmp_path: Path) -> None:
+    result = run("demo", "--out", tmp_path, "--epochs", 6)
     assert result.exit_code == 0, result.output
-    rows = [line for line in result.output.splitlines() if "%" in line]
-    accuracies = [float(row.split("│")[3].strip(" %")) for row in rows]
-    assert len(accuracies) == 4
-    assert accuracies[0] > 90
-    assert accuracies == sorted(accuracies, reverse=True)
-    assert accuracies[-1] < accuracies[0]
-    with Image.open(tmp_path / "manifold.png") as picture:
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.count("%") == 5]
+    numbers = {row[0].strip(): [float(cell.strip(" %")) for cell in row[1:]] for row in rows}
+    assert list(numbers) == ["plain", "mixup", "RobustMixup", "IJSAT"]
+    assert all(standard > 90 for standard, *_ in numbers.values())
+    for name in ("RobustMixup", "IJSAT"):
+        assert numbers[name][1] > numbers["plain"][1] + 10  # PGD
+        assert numbers[name][3] > numbers["plain"][3] + 10  # joint
+    assert "AutoAttack may find more" in " ".join(result.output.split())
+    assert str(tmp_path / "gallery.png") in result.output.replace("\n", "")
+    with Image.open(tmp_path / "gallery.png") as picture:
         assert min(picture.size) > 400
+
+
+def test_stopping_the_demo_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ijsat_aug.demo._table", interrupted)
+    result = run("demo", "--out", tmp_path / "demo", "--epochs", 1)
+    assert result.exit_code == 130
+    assert result.output.endswith("Stopped.\n")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_show_draws_the_users_images_model_and_flow(tmp_path: Path) -> None:
+    for kind in ("black", "white"):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for i in range(8):
+            level = torch.randint(0, 90, (12, 10)) + (160 if kind == "white" else 0)
+            Image.fromarray(level.byte().numpy()).save(tmp_path / "images" / kind / f"{i}.png")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n"
+    )
+    out = tmp_path / "a" / "gallery.png"
+    result = run(
+        "show", tmp_path / "images", "--flow", "digits", "--model", f"{tmp_path / 'net.py'}:make",
+        "--eps", "16/255", "--mean", "0.5", "--std", "0.25", "--rows", 3, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {out}." in result.output.replace("\n", "")
+    with Image.open(out) as picture:
+        assert picture.size[0] > picture.size[1]  # five columns, three rows
+    result = run("show", tmp_path / "images", "--size", 16, "--rows", 2, "--out", out)
+    assert result.exit_code == 0, result.output
 
 
 def test_inspect_prints_the_card_and_the_config() -> None:
@@ -62,6 +99,9 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
             ("train-flow", "digits", tmp_path / "a", "--epochs", 1, "--levels", 4),
             "levels=4 halves the image",
         ),
+        (("show", "digits", "--eps", "8/x"), "'8/x' is no number"),
+        (("show", "digits", "--weights", "a.pt"), "weights belong to a model"),
+        (("show", "digits", "--flow", "digits", "--model", "resnet18"), "without weights"),
         (("demo", "--flow", "cifar10"), "needs a calibrated flow of 8x8 digits"),
         (("convert", "a.pt", tmp_path / "none.json", tmp_path / "b"), "none.json"),
     ):

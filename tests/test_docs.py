@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,16 +44,3 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
     for document in [ROOT / "README.md", ROOT / "pretrained" / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-@pytest.mark.slow
-def test_the_example_trains_a_flow(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    command = [sys.executable, str(ROOT / "examples" / "train_a_flow.py"), "--minutes", "0.05"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "flow")],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "FrozenGlow(1x8x8" in done.stdout
-    assert (tmp_path / "flow" / "samples.png").is_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import ijsat_aug
-from ijsat_aug import flows
+from ijsat_aug import attack, flows, functional, training, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("kornia", "normflows", "torchvision", "typer", "rich", "accelerate", "matplotlib")
@@ -40,7 +40,7 @@ def test_a_flow_loads_and_runs_without_the_training_libraries() -> None:
     assert not loaded & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", [ijsat_aug, flows])
+@pytest.mark.parametrize("module", [ijsat_aug, attack, flows, functional, training, transforms])
 def test_every_public_name_has_an_executed_example(module: object) -> None:
     finder = doctest.DocTestFinder(recurse=False)
     for name in module.__all__:  # type: ignore[attr-defined]

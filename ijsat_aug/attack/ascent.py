@@ -18,7 +18,20 @@ Values = Mapping[str, Tensor]
 
 
 class Picture(Protocol):
-    """Images as a differentiable function of named variables."""
+    """Images as a differentiable function of named variables.
+
+    Example:
+        >>> class Shifted:
+        ...     def __init__(self, x):
+        ...         self.x = x
+        ...     def __call__(self, values):
+        ...         return self.x + values["shift"]
+        ...     def take(self, index):
+        ...         return Shifted(self.x[index])
+        >>> picture: Picture = Shifted(torch.zeros(2, 3, 4, 4))
+        >>> picture({"shift": torch.ones(2, 1, 1, 1)}).unique()
+        tensor([1.])
+    """
 
     def __call__(self, values: Values) -> Tensor:
         """``(B, C, H, W)``."""
@@ -143,6 +156,12 @@ class Ascent:
         first: ``(B,)`` losses at the start.
         last: ``(B,)`` losses of the last image that the model saw; with ``best``, of ``image``.
         finite: ``(B,)`` whether the image, the losses and every gradient were finite.
+
+    Example:
+        >>> zeros = torch.zeros(2)
+        >>> found = Ascent(torch.rand(2, 3, 4, 4), {}, zeros, zeros + 1, zeros == 0)
+        >>> (found.last - found.first)[found.finite]
+        tensor([1., 1.])
     """
 
     image: Tensor

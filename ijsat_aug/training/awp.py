@@ -45,12 +45,15 @@ class AdversarialWeightPerturbation:
         self._refuse_cached_casts()
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         buffers = [(b, b.clone()) for b in self.model.buffers()]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+        try:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
         originals = [w.detach().clone() for w in weights]
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
             for weight, g in zip(weights, gradients, strict=True):
                 if g is not None:
                     length = g.norm().clamp(min=torch.finfo(g.dtype).tiny)

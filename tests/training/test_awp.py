@@ -88,3 +88,15 @@ def test_autocast_belongs_inside(net, digits, labels) -> None:
     assert all(p.grad.isfinite().all() for p in net.parameters())
     with pytest.raises(ValueError, match="gamma"):
         AdversarialWeightPerturbation(net, gamma=-1)
+
+
+def test_a_failing_loss_changes_nothing(net, digits, labels) -> None:
+    before = copy.deepcopy(net.state_dict())
+
+    def fails() -> Tensor:
+        F.cross_entropy(net(digits), labels)  # BatchNorm counts
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), AdversarialWeightPerturbation(net)(fails):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

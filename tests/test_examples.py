@@ -1,0 +1,122 @@
+"""The examples run as they stand, and the one line can be taken out of the training script."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "train_torchvision.py"
+QUICK = ("--batch-size", "512", "--workers", "0")  # 3 steps an epoch
+
+
+def run_python(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd,
+        env=os.environ | {"COLUMNS": "120", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def checkpoint(folder: Path) -> dict[str, object]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def run_here(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[torch.Size]:
+    """Run a script's main() in this process; the shapes of the targets that train its criterion."""
+    shapes = []
+    forward = nn.CrossEntropyLoss.forward
+
+    def record(self, logits, target):
+        shapes.append(target.shape)
+        return forward(self, logits, target)
+
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", record)
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    exec(compile(script.read_text(), str(script), "exec"), {"__name__": "__main__"})
+    return shapes
+
+
+@pytest.mark.slow
+def test_the_one_line_and_without_it(tmp_path, monkeypatch, capsys) -> None:
+    lines = SCRIPT.read_text().splitlines(keepends=True)
+    ours = [line for line in lines if "ijsat_aug" in line or "AugmentedLoader" in line]
+    assert len(ours) == 2  # an import and the line
+    assert ours[0] == "from ijsat_aug import AugmentedLoader, RobustMixup\n"
+    without = tmp_path / "without.py"
+    without.write_text("".join(line for line in lines if line not in ours))
+
+    steps = {}
+    for script, name in ((SCRIPT, "with"), (without, "without")):
+        out = tmp_path / name
+        shapes = run_here(script, monkeypatch, "--epochs", 1, "--out", out, *QUICK)
+        steps[name] = re.findall(r"(\d+) steps", capsys.readouterr().out)
+        counter = checkpoint(out)["model"]["bn1.num_batches_tracked"]
+        assert int(counter) == len(shapes) == 3
+        assert {len(shape) for shape in shapes} == {2 if name == "with" else 1}
+        monkeypatch.undo()
+    assert steps == {"with": ["3"], "without": ["3"]}
+
+
+@pytest.mark.slow
+def test_the_script_resumes_where_it_stopped(tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "run"
+    run_here(SCRIPT, monkeypatch, "--epochs", 1, "--out", out, "--amp", "bf16", *QUICK)
+    first = ("--resume", out / "checkpoint.pt")
+    capsys.readouterr()
+    run_here(SCRIPT, monkeypatch, "--epochs", 2, "--out", out, *first, *QUICK)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ·")[0] for line in lines] == ["epoch 2/2"]
+    state = checkpoint(out)
+    assert int(state["model"]["bn1.num_batches_tracked"]) == 6
+    assert int(state["ema"]["n_averaged"]) == 6
+    assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_script_under_torchrun(tmp_path) -> None:
+    done = run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT,
+        "--device", "cpu", "--epochs", 1, "--out", tmp_path / "run", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+    assert "epoch 1/1 · 2 steps" in done.stdout
+    assert int(checkpoint(tmp_path / "run")["model"]["bn1.num_batches_tracked"]) == 2
+
+
+@pytest.mark.slow
+def test_the_script_on_folders_of_larger_images(tmp_path) -> None:
+    """At 64 pixels no flow fits, and RobustMixup needs none; the last batch is odd."""
+    for part, count in (("train", 13), ("val", 5)):
+        for i in range(count):
+            for kind in ("cat", "dog", "owl"):
+                path = tmp_path / part / kind / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noise = torch.randint(256, (70, 80, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(noise).save(path)
+    done = run_python(
+        SCRIPT, "--data-path", tmp_path, "--size", 64, "--epochs", 1, "--batch-size", 12,
+        "--workers", 1, "--out", tmp_path / "run", cwd=tmp_path,
+    )  # fmt: skip
+    assert "epoch 1/1 · 4 steps" in done.stdout  # 39 images: 12, 12, 12, 3
+    assert checkpoint(tmp_path / "run")["model"]["fc.bias"].shape == (3,)
+
+
+@pytest.mark.slow
+def test_the_example_trains_a_flow(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    done = run_python(
+        ROOT / "examples" / "train_a_flow.py", "--minutes", "0.05", "--out", tmp_path / "flow",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "FrozenGlow(1x8x8" in done.stdout
+    assert (tmp_path / "flow" / "samples.png").is_file()

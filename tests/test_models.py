@@ -1,0 +1,83 @@
+"""Models from the few words of a command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from ijsat_aug.models import load_model
+
+FILE = """
+from torch import nn
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "my_model.py").write_text(FILE)
+    return tmp_path / "my_model.py"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_function_of_a_file_and_its_weights(file, suffix, wrapped) -> None:
+    state = {
+        f"{'module.' * wrapped}1.weight": torch.randn(10, 64),
+        f"{'module.' * wrapped}1.bias": torch.ones(10),
+    }
+    path = file.with_suffix(suffix)
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"model": state, "epoch": 3} if wrapped else state, path)
+    model = load_model(f"{file}:make", path)
+    assert not model.training
+    assert torch.equal(model[1].weight, next(iter(state.values())))
+
+
+def test_a_module_of_the_current_folder(file, monkeypatch) -> None:
+    monkeypatch.chdir(file.parent)
+    assert isinstance(load_model("my_model:make"), nn.Sequential)
+
+
+def test_a_torchvision_name(tmp_path) -> None:
+    own = models.resnet18(num_classes=7)
+    torch.save(own.state_dict(), tmp_path / "w.pth")
+    model = load_model("resnet18", tmp_path / "w.pth")
+    assert model.fc.out_features == 7
+    assert torch.equal(model.conv1.weight, own.conv1.weight)
+
+
+def test_the_users_mistakes(file, tmp_path) -> None:
+    torch.save({"1.weight": torch.ones(10, 3)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for source, weights, kind, message in (
+        (f"{file}:nothing", None, ValueError, "no function 'nothing'"),
+        (f"{file}:wrong", None, TypeError, "must return a module, got int"),
+        ("absent.py:make", None, FileNotFoundError, "absent.py does not exist"),
+        ("absent_module:make", None, ValueError, "no module 'absent_module'"),
+        ("resnet19", None, ValueError, "neither 'module:function' nor"),
+        ("resnet18", None, ValueError, "without weights"),
+        (f"{file}:make", tmp_path / "absent.pt", FileNotFoundError, "does not exist"),
+        (f"{file}:make", tmp_path / "other.pt", ValueError, "does not fit the model"),
+        (f"{file}:make", tmp_path / "list.pt", ValueError, "no state dict"),
+    ):
+        with pytest.raises(kind, match=message):
+            load_model(source, weights)
+
+
+def test_nothing_is_unpickled(file, tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    torch.save({"1.weight": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="tensors alone"):
+        load_model(f"{file}:make", tmp_path / "evil.pt")

@@ -1,0 +1,99 @@
+"""functional.robust_mixup is RobustMixup with all randomness passed in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.functional import robust_mixup
+
+
+@pytest.fixture
+def net(network: nn.Sequential) -> nn.Sequential:
+    return network.eval()
+
+
+def drawn(mix: RobustMixup, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], dict]:
+    """What the transform returns, and what it drew."""
+    targets = mix.as_labels(x, y)
+    params = mix.make_params(x, targets)
+    return mix.transform(x, targets, params), params
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eps": 0},
+        {"eps": 0.05, "steps": 2},
+        {"eps": 1.0, "norm": "l2", "objective": "margin"},
+        {"eps": 0.05, "order": "attack-mix"},
+        {"eps": 0.05, "label": "geometric"},
+        {"eps": 0, "lam_steps": 3, "rho": 0.3},
+        {"eps": 0, "lam_steps": 2, "lam_objective": "ce", "lam_step_size": 0.1},
+        {"eps": 0.05, "mean": 0.5, "std": 0.25, "amp_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("draws", [1, 3])
+def test_it_equals_the_transform(options, draws, net, digits, labels) -> None:
+    x, y = digits[:7], labels[:7]
+    if "mean" in options:
+        x = (x - 0.5) / 0.25
+    mix = RobustMixup(net, num_classes=10, draws=draws, **options)
+    (expected, targets), params = drawn(mix, x, y)
+    start = params["attack"]["pixel_start"] if "attack" in params else None
+    out, t = robust_mixup(
+        x, y, net, lam=params["lam"], num_classes=10, pixel_start=start, **options
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(t, targets)
+
+
+@pytest.mark.parametrize("space", ["latent", "spherical"])
+def test_it_mixes_on_the_manifold(space, digits, labels, flow) -> None:
+    x, y = digits[:5], labels[:5]
+    mix = RobustMixup(num_classes=10, eps=0, space=space, flow=flow)
+    (expected, targets), params = drawn(mix, x, y)
+    out, t = robust_mixup(x, y, lam=params["lam"], num_classes=10, space=space, flow=flow)
+    assert torch.equal(out, expected)
+    assert torch.equal(t, targets)
+
+
+def test_any_attack_may_climb(net, digits, labels, flow) -> None:
+    x, y = digits[:6], labels[:6]
+    joint = JointSpaceAdv(net, flow, eps=0.05, steps=2, random_start=False)
+    mixed, t = robust_mixup(x, y, lam=0.6, num_classes=10)
+    out, same = robust_mixup(x, y, lam=0.6, num_classes=10, attack=joint)
+    assert torch.equal(same, t)
+    assert torch.equal(out, joint(mixed, t)[0])
+    assert torch.equal(robust_mixup(x, t, lam=1.0, attack=lambda a, b: 1 - a)[0], 1 - x)
+
+
+def test_one_weight_is_a_weight_for_all(digits, labels) -> None:
+    x, y = digits[:4], labels[:4]
+    for lam in (0.3, torch.tensor(0.3), torch.full((4,), 0.3), torch.full((1, 4), 0.3)):
+        out, _ = robust_mixup(x, y, lam=lam, num_classes=10)
+        assert torch.allclose(out, 0.3 * x + 0.7 * x.roll(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lam": 1.5}, "from 0 to 1"),
+        ({"lam": float("nan")}, "from 0 to 1"),
+        ({"lam": torch.rand(3)}, r"\(4,\)"),
+        ({"lam": torch.rand(2, 3)}, r"\(draws, 4\)"),
+        ({"lam": torch.rand(0, 4)}, "no draw"),
+        ({"lam": 0.5, "eps": 0.1}, "pass one"),
+        ({"lam": 0.5, "lam_steps": 1}, "pass one"),
+        ({"lam": torch.rand(2, 4)}, "pass one"),
+        ({"lam": 0.5, "space": "latent"}, "needs a flow"),
+        ({"lam": 0.5, "num_classes": None}, "num_classes="),
+        ({"lam": 0.5, "order": "mix"}, "order must be"),
+    ],
+)
+def test_bad_input(options, message, digits, labels) -> None:
+    with pytest.raises(ValueError, match=message):
+        robust_mixup(digits[:4], labels[:4], **{"num_classes": 10, **options})
