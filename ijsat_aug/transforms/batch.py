@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -122,23 +123,44 @@ class BatchTransform(nn.Module):
         """The batch with other images."""
         if not self.training:
             return batch[0] if len(batch) == 1 else batch
-        check_place()
         parts = take_apart(batch, self.labels_getter)
-        check_images(parts.images)
+        images, labels, _ = self.augment(parts.images, parts.labels)
+        return parts.rebuild(images, labels)
+
+    def augment(
+        self, images: Tensor, labels: Any, params: dict[str, Any] | EllipsisType | None = ...
+    ) -> tuple[Tensor, Any, dict[str, Any] | None]:
+        """The new images and labels, and all that was random in them.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            labels: Of the batch, or None.
+            params: What another call has drawn, to do the same again; by default it is drawn anew.
+
+        Example:
+            >>> from ijsat_aug import RobustMixup
+            >>> mix = RobustMixup(num_classes=3, eps=0)
+            >>> x, y = torch.rand(3, 1, 4, 4), torch.arange(3)
+            >>> once, _, params = mix.augment(x, y)
+            >>> bool((mix.augment(x, y, params)[0] == once).all())
+            True
+        """
+        check_place()
+        check_images(images)
         if self.model is None and self.needs_model:
             raise ValueError(
                 f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
             )
-        images = parts.images.as_subclass(Tensor)  # torchvision's Image is put on again below
-        self.check(images, parts.labels)
-        labels = self.as_labels(images, parts.labels)
+        plain = images.as_subclass(Tensor)  # torchvision's Image is put on again below
+        self.check(plain, labels)
+        labels = self.as_labels(plain, labels)
         self.last = {}
-        params = self.draw(images, labels)
+        params = self.draw(plain, labels) if isinstance(params, EllipsisType) else params
         if params is None:
-            return parts.rebuild(parts.images.detach(), labels)
-        images, labels = self.replay(images, labels, params)
+            return images.detach(), labels, None
+        new, labels = self.replay(plain, labels, params)
         self._seen.add(images.device)
-        return parts.rebuild(images.as_subclass(type(parts.images)), labels)
+        return new.as_subclass(type(images)), labels, params
 
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
         """All that is random for one batch; None when the batch is left as it is.
