@@ -44,8 +44,9 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
 
 
 def _call(place: str, name: str) -> nn.Module:
-    with _current_folder_importable():
-        module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
+    file = Path(place)
+    with _importable(file.parent if place.endswith(".py") else Path.cwd()):
+        module = _import_file(file) if place.endswith(".py") else _import(place)
     make = getattr(module, name, None)
     if not callable(make):
         raise ValueError(f"{place} has no function {name!r}.")
@@ -71,15 +72,16 @@ def _import_file(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """As with ``python -m``: a console script does not look there by itself."""
+def _importable(folder: Path) -> Iterator[None]:
+    """As with ``python file.py`` and ``python -m``: a console script does not look there itself."""
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(folder.resolve()))
     try:
         yield
     finally:
@@ -100,8 +102,12 @@ def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
         model: nn.Module = models.get_model(name, weights="DEFAULT")
         return model
     state = _state(Path(weights))
-    classes = len(next(reversed(state.values())))  # the last bias is the classifier's
-    model = models.get_model(name, num_classes=classes)
+    model = models.get_model(name)
+    last = list(model.state_dict())[-1]  # the classifier's bias; a file may have another order
+    state = _without_prefix(state, set(model.state_dict()))
+    if last not in state:
+        raise ValueError(f"{weights} holds no {last!r}, so that it does not fit {name}.")
+    model = models.get_model(name, num_classes=len(state[last]))
     _fill(model, state, weights)
     return model
 
@@ -126,11 +132,7 @@ def _state(path: Path) -> dict[str, Tensor]:
             found = found[name]
     if not (isinstance(found, Mapping) and found and _all_tensors(found)):
         raise ValueError(f"{path} holds no state dict of tensors.")
-    state = dict(found)
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+    return dict(found)
 
 
 def _all_tensors(found: Mapping[str, Any]) -> bool:
@@ -138,8 +140,17 @@ def _all_tensors(found: Mapping[str, Any]) -> bool:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], weights: str | Path) -> None:
+    state = _without_prefix(state, set(model.state_dict()))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{weights} does not fit the model: {first}") from error
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The state without what DDP, compile or Lightning put before its names."""
+    for prefix in _PREFIXES:
+        if not wanted & set(state) and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state

@@ -76,6 +76,10 @@ def _labels(data: ImageData, network: nn.Module, batch: Tensor) -> Tensor | None
     """The images' own labels, if the model has as many classes."""
     handle = ModelHandle(network)
     with handle.frozen(batch.device, None):
-        classes = handle(batch).shape[1]
+        try:
+            classes = handle(batch).shape[1]
+        except RuntimeError as error:
+            size = "x".join(map(str, batch.shape[1:]))
+            raise ValueError(f"the model does not take images of {size}: {error}") from error
     same = data.labels is not None and int(data.labels.max()) + 1 == classes
     return data.labels if same else None

@@ -78,6 +78,10 @@ def test_show_draws_the_users_images_model_and_flow(tmp_path: Path) -> None:
     assert f"Wrote {out}." in result.output.replace("\n", "")
     with Image.open(out) as picture:
         assert picture.size[0] > picture.size[1]  # five columns, three rows
+    arguments = ("show", tmp_path / "images", "--model", f"{tmp_path / 'net.py'}:make")
+    result = run(*arguments, "--size", 12, "--out", out)
+    assert result.exit_code == 1
+    assert "the model does not take images of 1x12x12" in " ".join(result.output.split())
     result = run("show", tmp_path / "images", "--size", 16, "--rows", 2, "--out", out)
     assert result.exit_code == 0, result.output
 

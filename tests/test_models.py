@@ -55,6 +55,30 @@ def test_a_torchvision_name(tmp_path) -> None:
     assert torch.equal(model.conv1.weight, own.conv1.weight)
 
 
+def test_a_safetensors_file_of_torchvision_in_its_own_order(tmp_path) -> None:
+    own = models.resnet18(num_classes=7)
+    save_file(own.state_dict(), tmp_path / "w.safetensors")
+    assert load_model("resnet18", tmp_path / "w.safetensors").fc.out_features == 7
+
+
+def test_a_model_whose_names_look_like_a_wrapper(tmp_path, monkeypatch) -> None:
+    (tmp_path / "helper_of_test.py").write_text("WIDTH = 64")
+    file = tmp_path / "dataclass_model.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\nfrom torch import nn\nimport helper_of_test\n"
+        "@dataclass\nclass Config:\n    width: int = helper_of_test.WIDTH\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n        self.model = nn.Linear(Config().width, 10)\n"
+        "def make(): return Net()\n"
+    )
+    own = load_model(f"{file}:make")
+    torch.save(own.state_dict(), tmp_path / "w.pt")
+    again = load_model(f"{file}:make", tmp_path / "w.pt")
+    assert torch.equal(again.model.weight, own.model.weight)
+
+
 def test_the_users_mistakes(file, tmp_path) -> None:
     torch.save({"1.weight": torch.ones(10, 3)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")

@@ -25,7 +25,15 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, median_ms, ratio, record, resident, start_peak
+from benchmarks.harness import (
+    interleave,
+    keep_memory,
+    median_ms,
+    ratio,
+    record,
+    resident,
+    start_peak,
+)
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.training import convert_split_batchnorm
@@ -123,6 +131,7 @@ def batch_of(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times and memory of every step, as multiples of the plain one."""
+    keep_memory()
     runs = steps(*batch_of(batch, device))
     seconds = interleave(runs, rounds, warmup=1)
     seconds["RobustMixup, p=0.5"] = [s / 2 for s in seconds["RobustMixup, p=0.5"]]
@@ -138,7 +147,7 @@ def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", help="print the peak memory of one step, in bytes")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 __all__ = ["Mode", "Model", "ModelHandle", "logits_of", "unwrap"]
 
 Mode = Literal["eval", "train"]
+Route = Literal["clean", "auxiliary"]
 Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
 
@@ -35,6 +36,8 @@ class ModelHandle:
             batch statistics and dropout everywhere, and puts the running statistics back.
         amp_dtype: Precision of the model during the attack; by default the caller's autocast.
         memory_format: Of the images that the model gets, such as ``torch.channels_last``.
+        route: Through which branch of split BatchNorm the attack goes, ``"clean"`` or
+            ``"auxiliary"``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).train()
@@ -52,6 +55,7 @@ class ModelHandle:
         mode: Mode = "eval",
         amp_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
+        route: Route = "clean",
     ) -> None:
         if not (model is None or callable(model)):
             raise TypeError(f"model must be a module or a callable, got {type(model).__name__}.")
@@ -75,12 +79,14 @@ class ModelHandle:
         self.mode = mode
         self.amp_dtype = amp_dtype
         self.memory_format = memory_format
+        self.route = route
 
-    def to(self, model: Model) -> ModelHandle:
-        """A handle on another model, with the same settings."""
+    def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
+        """A handle on another model, with the same settings but for ``route``."""
         return ModelHandle(
-            model, mode=self.mode, amp_dtype=self.amp_dtype, memory_format=self.memory_format
-        )
+            model, mode=self.mode, amp_dtype=self.amp_dtype, memory_format=self.memory_format,
+            route=route or self.route,
+        )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits in float32 at least, whatever the model computes in."""
@@ -103,6 +109,7 @@ class ModelHandle:
         """
         modules = list(_parts(self.model))
         modes = [module.training for module in modules]
+        split = [(m, m.route) for m in modules if hasattr(m, "route") and hasattr(m, "auxiliary")]
         trainable = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -121,6 +128,8 @@ class ModelHandle:
                 # Set flag by flag: a user's own train() may do more than set them.
                 for module in modules:
                     module.training = self.mode == "train"
+                for part, _ in split:
+                    part.route = self.route  # type: ignore[assignment]
                 # Also keeps frozen weights out of autocast's cache, where torch < 2.10 would leave
                 # casts without gradient for the training step.
                 for parameter in trainable:
@@ -129,6 +138,8 @@ class ModelHandle:
             finally:
                 for parameter in trainable:
                     parameter.requires_grad_()
+                for part, route in split:
+                    part.route = route
                 for module, training in zip(modules, modes, strict=True):
                     module.training = training
 
@@ -140,7 +151,7 @@ class ModelHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds the settings; the model is bound again on the other side.
-        return _without_model, (self.mode, self.amp_dtype, self.memory_format)
+        return _without_model, (self.mode, self.amp_dtype, self.memory_format, self.route)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
         return self  # a handle is shared, the model is not copied
@@ -154,9 +165,14 @@ def _seed(device: torch.device, seed: int) -> None:
 
 
 def _without_model(
-    mode: Mode, amp_dtype: torch.dtype | None, memory_format: torch.memory_format | None
+    mode: Mode,
+    amp_dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+    route: Route,
 ) -> ModelHandle:
-    return ModelHandle(None, mode=mode, amp_dtype=amp_dtype, memory_format=memory_format)
+    return ModelHandle(
+        None, mode=mode, amp_dtype=amp_dtype, memory_format=memory_format, route=route
+    )
 
 
 def unwrap(model: M) -> M | Any:

@@ -7,6 +7,7 @@ from .fold import freeze
 from .frozen import FrozenGlow, Tape
 from .glow import GlowConfig, build_glow
 from .manifold import Manifold
+from .pyramid import Pyramid, Tiles
 from .recipe import Recipe
 from .registry import CheckpointError, list_flows
 from .trainer import train_flow
@@ -17,8 +18,10 @@ __all__ = [
     "GlowConfig",
     "ImageData",
     "Manifold",
+    "Pyramid",
     "Recipe",
     "Tape",
+    "Tiles",
     "build_glow",
     "calibrate",
     "convert_checkpoint",

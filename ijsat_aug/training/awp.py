@@ -44,6 +44,8 @@ class AdversarialWeightPerturbation:
         """Yield ``loss()`` at the perturbed weights; call ``backward`` inside the block."""
         self._refuse_cached_casts()
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        if not weights:
+            raise ValueError("the model has no trainable weight matrix to perturb.")
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         try:
             with torch.enable_grad():
@@ -53,12 +55,12 @@ class AdversarialWeightPerturbation:
                 for buffer, value in buffers:
                     buffer.copy_(value)
         originals = [w.detach().clone() for w in weights]
-        with torch.no_grad():
-            for weight, g in zip(weights, gradients, strict=True):
-                if g is not None:
-                    length = g.norm().clamp(min=torch.finfo(g.dtype).tiny)
-                    weight.add_(g * (self.gamma * weight.norm() / length))
         try:
+            with torch.no_grad():
+                for weight, g in zip(weights, gradients, strict=True):
+                    if g is not None:
+                        length = g.norm().clamp(min=torch.finfo(g.dtype).tiny)
+                        weight.add_(g * (self.gamma * weight.norm() / length))
             yield loss()
         finally:
             with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["auxiliary_batchnorm", "convert_split_batchnorm"]
 
@@ -69,7 +70,7 @@ def convert_split_batchnorm(model: M) -> M:
     In training the first half of a batch goes through the main statistics and the second half
     through the auxiliary ones, as ``mode="append"`` lays them out; in evaluation all goes through
     the main ones. The parameters of the model keep their names, the twins add theirs. Convert
-    before the optimiser is made.
+    after ``SyncBatchNorm.convert_sync_batchnorm`` and before the optimiser is made.
 
     Example:
         >>> model = convert_split_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
@@ -77,14 +78,22 @@ def convert_split_batchnorm(model: M) -> M:
         >>> model[0].running_mean, model[0].auxiliary.running_mean
         (tensor([0., 0., 0.]), tensor([0.1000, 0.1000, 0.1000]))
     """
-    for module in list(model.modules()):
-        kind = _KINDS.get(type(module))
-        if kind is not None:
-            twin = copy.deepcopy(module)
-            module.__class__ = kind
-            module.auxiliary = twin
-    if not any(isinstance(module, _Split) for module in model.modules()):
+    done = [module for module in model.modules() if isinstance(module, _Split)]
+    twins = {id(module.auxiliary) for module in done}
+    parts = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in twins]
+    todo = [module for module in parts if not isinstance(module, _Split)]
+    if not parts:
         raise ValueError("the model has no BatchNorm to split.")
+    strange = {type(module).__name__ for module in todo if type(module) not in _KINDS}
+    if strange:
+        raise ValueError(
+            f"{', '.join(sorted(strange))} cannot be split: only torch's own BatchNorm1d, 2d, 3d "
+            "and SyncBatchNorm can."
+        )
+    for module in todo:
+        twin = copy.deepcopy(module)
+        module.__class__ = _KINDS[type(module)]  # type: ignore[assignment]
+        module.auxiliary = twin
     return model
 
 

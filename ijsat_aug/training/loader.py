@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ T = TypeVar("T")
 class AugmentedLoader(Generic[T]):
     """Any iterable of batches, moved to a device and transformed, one at a time.
 
-    A batch is transformed when it is asked for, after the training step of the last one, because
-    the transform asks the model. On CUDA the copy of the next batch overlaps that step. Everything
-    else (``len``, ``dataset``, ``sampler``, ``set_epoch``, ...) is the loader's own.
+    A batch is fetched and transformed when it is asked for, after the training step of the last
+    one, because the transform asks the model. On CUDA its copy runs beside what the GPU still has
+    to do of that step. Everything else (``len``, ``dataset``, ``sampler``, ``set_epoch``, ...) is
+    the loader's own. In a loop with autocast give the transform its own ``amp_dtype``: it runs
+    before the loop's block begins.
 
     Args:
         loader: A DataLoader, or anything that yields batches.
@@ -41,19 +44,17 @@ class AugmentedLoader(Generic[T]):
         transform: Callable[[T], Any],
         device: torch.device | str | int | None = None,
     ) -> None:
-        if not callable(transform):
-            raise TypeError(f"transform must be callable, got {type(transform).__name__}.")
+        if not callable(transform) or isinstance(transform, type):
+            got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
+            raise TypeError(f"transform must be a transform, as in {_EXAMPLE}; got {got}.")
         self.loader = loader
         self.transform = transform
         self.device = None if device is None else torch.device(device)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.device is not None and self.device.type == "cuda":
-            batches: Iterable[Any] = _ahead(self.loader, self.device)
-        else:
-            batches = (_moved(batch, self.device) for batch in self.loader)
-        for batch in batches:
-            yield self.transform(batch)
+        move = _mover(self.device)
+        for batch in self.loader:
+            yield self.transform(move(batch))
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -64,10 +65,13 @@ class AugmentedLoader(Generic[T]):
         Example:
             >>> AugmentedLoader([torch.rand(2, 3, 4, 4)], lambda batch: batch).set_epoch(3)
         """
+        batches = getattr(self.loader, "batch_sampler", None)
         owners: tuple[Any, ...] = (
             self.loader,
             getattr(self.loader, "sampler", None),
-            getattr(getattr(self.loader, "batch_sampler", None), "sampler", None),
+            batches,
+            getattr(batches, "sampler", None),
+            getattr(self.loader, "dataset", None),
         )
         for owner in owners:
             if hasattr(owner, "set_epoch"):
@@ -75,9 +79,18 @@ class AugmentedLoader(Generic[T]):
                 return
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("loader", "__setstate__"):  # not there yet while it is being unpickled
+        if name == "loader" or name.startswith("__"):  # not there yet while it is being unpickled
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("loader", "transform", "device") or name.startswith("__"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.loader, name, value)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return f"AugmentedLoader({self.loader!r}, {self.transform!r}, device={self.device})"
@@ -114,57 +127,49 @@ class collate:
         return self.transform(self.collate_fn(samples))
 
 
-def _moved(batch: Any, device: torch.device | None) -> Any:
-    """The batch with every tensor on the device; the copy does not wait where it need not."""
+_EXAMPLE = "AugmentedLoader(loader, RobustMixup(model, ...), device)"
+
+
+def _mover(device: torch.device | None) -> Callable[[Any], Any]:
+    """What brings a batch to the device; on CUDA by a stream of its own."""
     if device is None:
+        return lambda batch: batch
+    if device.type != "cuda":
+        return lambda batch: _moved(batch, lambda tensor: tensor.to(device), device)
+    copies = torch.cuda.Stream(device)
+
+    def copy_beside(tensor: Tensor) -> Tensor:
+        if tensor.is_cuda:
+            return tensor.to(device)
+        with torch.cuda.stream(copies):
+            pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+            there = pinned.to(device, non_blocking=True)
+        there.record_stream(torch.cuda.current_stream(device))  # whose memory it must not lose
+        return there
+
+    def move(batch: Any) -> Any:
+        batch = _moved(batch, copy_beside, device)
+        torch.cuda.current_stream(device).wait_stream(copies)
         return batch
+
+    return move
+
+
+def _moved(batch: Any, to_device: Callable[[Tensor], Tensor], device: torch.device) -> Any:
+    """The batch with every tensor on the device."""
     if isinstance(batch, Tensor):
-        if device.type == "cuda" and batch.device.type == "cpu" and not batch.is_pinned():
-            batch = batch.pin_memory()
-        return batch.to(device, non_blocking=True)
+        return to_device(batch)
     if hasattr(batch, "_make"):
-        return batch._make(_moved(item, device) for item in batch)
+        return batch._make(_moved(item, to_device, device) for item in batch)
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(item, device) for item in batch)
+        return type(batch)(_moved(item, to_device, device) for item in batch)
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        items = {key: _moved(value, to_device, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return items
+        new = copy.copy(batch)
+        new.update(items)
+        return new
     return batch
-
-
-def _ahead(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Copy the next batch on a stream of its own while the caller works on this one."""
-    copies = torch.cuda.Stream(device)
-    iterator = iter(loader)
-
-    def fetch() -> Any:
-        with torch.cuda.stream(copies):
-            return _moved(next(iterator), device)
-
-    try:
-        following = fetch()
-    except StopIteration:
-        return
-    while True:
-        torch.cuda.current_stream(device).wait_stream(copies)
-        batch = following
-        _hold(batch, torch.cuda.current_stream(device))
-        try:
-            following = fetch()
-        except StopIteration:
-            yield batch
-            return
-        yield batch
-
-
-def _hold(batch: Any, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that the batch is used on this stream too."""
-    if isinstance(batch, Tensor):
-        batch.record_stream(stream)
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            _hold(value, stream)
-    elif isinstance(batch, (tuple, list)):
-        for item in batch:
-            _hold(item, stream)

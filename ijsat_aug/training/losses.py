@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ class TRADESLoss(nn.Module):
         beta: Weight of the divergence.
 
     Example:
+        >>> import torch
         >>> clean, adversarial = torch.randn(4, 10), torch.randn(4, 10)
         >>> loss = TRADESLoss(beta=6.0)(clean, adversarial, torch.tensor([3, 1, 4, 1]))
         >>> loss.shape
@@ -41,12 +41,14 @@ class MARTLoss(nn.Module):
 
     ``-log p_adv[y] - log(1 - max_{k != y} p_adv[k]) + beta KL(p_clean || p_adv) (1 - p_clean[y])``
     (Wang et al., 2020). With probabilities as target, p[y] is the probability of the mixed label,
-    the sum of ``target * p``, and the classes "other than y" are those without any weight in it.
+    the sum of ``target * p``, and the classes "other than y" are those of least weight in it: of
+    none, or of no more than a label smoothing gives to all.
 
     Args:
         beta: Weight of the divergence.
 
     Example:
+        >>> import torch
         >>> clean, adversarial = torch.randn(4, 10), torch.randn(4, 10)
         >>> loss = MARTLoss(beta=5.0)(clean, adversarial, torch.tensor([3, 1, 4, 1]))
         >>> loss.shape
@@ -61,10 +63,11 @@ class MARTLoss(nn.Module):
         """The loss of logits against classes ``(B,)`` or probabilities ``(B, C)``."""
         log_p, log_q = (logits.float().log_softmax(1) for logits in (clean, adversarial))
         if target.ndim == 1:
-            target = F.one_hot(target, clean.shape[1])
+            target = F.one_hot(target.long(), clean.shape[1])
         target = target.to(log_p.dtype)
-        wrong = log_q.exp().masked_fill(target > 0, 0).amax(1)
-        boosted = -(target * log_q).sum(1) - torch.log1p(-wrong.clamp(max=1 - 1e-4))
+        meant = target > target.amin(1, keepdim=True) + 1e-6
+        wrong = log_q.exp().masked_fill(meant, 0).amax(1)
+        boosted = -(target * log_q).sum(1) - (1.0001 - wrong).log()
         unsure = 1 - (target * log_p.exp()).sum(1)
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
         return (boosted + self.beta * divergence * unsure).mean()
@@ -77,6 +80,7 @@ class IATLoss(nn.Module):
         adversarial_share: Weight of the attacked half.
 
     Example:
+        >>> import torch
         >>> logits, target = torch.randn(4, 10), torch.randn(4, 10).softmax(1)
         >>> loss = IATLoss()(logits, target, logits, target)
         >>> bool(torch.isclose(loss, torch.nn.functional.cross_entropy(logits, target)))

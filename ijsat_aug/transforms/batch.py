@@ -36,7 +36,8 @@ class BatchTransform(nn.Module):
         p: Probability that a batch is transformed at all.
         fraction: Share of the samples of a batch that is transformed, chosen at random.
         mode: ``"replace"`` the samples, or ``"append"`` the new ones behind the clean batch, as
-            second half for split BatchNorm; items other than images and labels stay as they are.
+            second half for split BatchNorm, through whose auxiliary branch they are then made;
+            items other than images and labels stay as they are.
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
         labels_getter: Where the labels are: ``"default"`` (the second item, or the key ``labels``,
@@ -85,14 +86,17 @@ class BatchTransform(nn.Module):
             raise ValueError(f'mode must be "replace" or "append", got {mode!r}.')
         if mode == "append" and p < 1:
             raise ValueError('mode="append" needs p=1: batches must not change their size.')
+        if mode == "append" and fraction < 1:
+            raise ValueError('mode="append" needs fraction=1: a clean half and a new half.')
         self.p = p
         self.fraction = fraction
         self.mode = mode
         self.scale = Scale.of(mean, std)
         self.labels_getter = labels_getter
         self.handle = ModelHandle(
-            model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format
-        )
+            model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format,
+            route="auxiliary" if mode == "append" else "clean",
+        )  # fmt: skip
         self.random = Randomness(generator)
         self.last: dict[str, Tensor] = {}
         self._seen: set[torch.device] = set()
@@ -189,7 +193,8 @@ class BatchTransform(nn.Module):
             return torch.cat([images, new_images]), _joined(labels, new_labels)
         if index is None:
             return new_images, new_labels
-        images = images.index_copy(0, index, new_images)
+        images = images.clone()
+        images[index] = new_images
         return images, labels if new_labels is some[1] else labels.index_copy(0, index, new_labels)
 
     def check(self, images: Tensor, labels: Tensor | None) -> None:

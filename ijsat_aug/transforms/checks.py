@@ -13,6 +13,7 @@ from ..flows.manifold import Manifold
 from ..flows.registry import image_sizes
 
 __all__ = [
+    "check_channels",
     "check_flow",
     "check_images",
     "check_manifold",
@@ -53,20 +54,31 @@ def check_manifold(flow: Any) -> Manifold:
     return flow
 
 
+def check_channels(flow: Manifold | None, images: Tensor) -> Manifold:
+    """A flow of images with as many channels."""
+    flow = check_manifold(flow)
+    wanted, given = flow.shape[0], images.shape[1]
+    if wanted != given:
+        fix = {
+            (1, 3): "make them grey with v2.Grayscale()",
+            (3, 1): "repeat the channel: x.expand(-1, 3, -1, -1)",
+        }.get((wanted, given), "convert the images")
+        raise ValueError(
+            f"the flow takes images of {wanted} channels, the batch has {given} (known flows: "
+            f"{_known()}): {fix}, or train a flow on such images with `ijsat-aug train-flow`."
+        )
+    return flow
+
+
 def check_flow(flow: Manifold | None, images: Tensor) -> None:
     """A flow that takes these images."""
-    flow = check_manifold(flow)
-    if images.shape[1] != flow.shape[0] and images.shape[2:] == flow.shape[1:]:
-        raise ValueError(
-            f"the flow takes images of {flow.shape[0]} channels, the batch has {images.shape[1]} "
-            f"(known flows: {_known()}): convert the images, or train a flow on such images with "
-            "`ijsat-aug train-flow`."
-        )
+    flow = check_channels(flow, images)
     if tuple(images.shape[1:]) != tuple(flow.shape):
+        size = tuple(images.shape[2:])
         raise ValueError(
             f"the flow takes images of {_size(flow.shape)}, the batch has {_size(images.shape[1:])}"
-            f" (known flows: {_known()}): resize the images to {flow.shape[1]}x{flow.shape[2]}, or "
-            "train a flow at their size with `ijsat-aug train-flow`."
+            f" (known flows: {_known()}): use ijsat_aug.flows.Pyramid(flow, {size}), or train a "
+            "flow at that size with `ijsat-aug train-flow`."
         )
 
 

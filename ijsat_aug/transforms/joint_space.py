@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
@@ -16,8 +17,9 @@ from ..attack.balls import BALLS, Norm, unit_ball
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold
+from ..flows.pyramid import at_size
 from .batch import BatchTransform
-from .checks import check_flow, check_manifold
+from .checks import check_channels, check_manifold
 from .climb import climb
 from .labels import as_target
 from .structure import LabelsGetter
@@ -41,7 +43,8 @@ class JointSpaceAdv(BatchTransform):
     Args:
         model: The model that is trained; DDP, compiled and EMA wrappers are fine. It is left
             exactly as it was. It may come later, by ``bind``.
-        flow: From :func:`ijsat_aug.load_flow`, or its argument. It follows the batch's device.
+        flow: From :func:`ijsat_aug.load_flow`, or its argument. It follows the batch's device, and
+            on images of another size it moves their low band: see :class:`ijsat_aug.flows.Pyramid`.
         eps: Radius of delta, in [0, 1] pixels.
         eta: Radius of lambda, in standard deviations of the latents; by default what the flow's
             calibration recommends, a move of about 8/255 of every pixel (root mean square).
@@ -150,6 +153,7 @@ class JointSpaceAdv(BatchTransform):
             self.threat.check_start(pixel=random_start, latent=random_start)
         self.target = target
         self.random_start = random_start
+        self._told = False
 
     @property
     def flow(self) -> Manifold | None:
@@ -160,7 +164,9 @@ class JointSpaceAdv(BatchTransform):
         """Refuse a bad batch before anything runs."""
         super().check(images, labels)
         if self.threat.moves_latent:
-            check_flow(self.flow, images)
+            flow = check_channels(self.flow, images)
+            if tuple(flow.shape[1:]) != tuple(images.shape[2:]):
+                self._tell_once(flow, images)
         self._labels(images, labels)
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
@@ -172,14 +178,15 @@ class JointSpaceAdv(BatchTransform):
             >>> {name: tuple(draw.shape) for name, draw in params.items()}
             {'pixel_start': (2, 3, 4, 4)}
         """
-        threat, flow = self.threat, self.flow
+        threat = self.threat
         params: dict[str, Any] = {}
         if self.random_start and threat.moves_pixels:
             draw = self._ball(threat.norm, tuple(images.shape), images.device)
             params["pixel_start"] = threat.eps * draw
         starts_anywhere = self.random_start and threat.method == "exact"
-        if starts_anywhere and threat.moves_latent and flow is not None:
-            draw = self._ball(threat.latent_norm, (len(images), flow.latent_dim), images.device)
+        if starts_anywhere and threat.moves_latent:
+            shape = (len(images), self._fitted(images).latent_dim)
+            draw = self._ball(threat.latent_norm, shape, images.device)
             params["latent_start"] = threat.eta * draw
         if self.target == "random":
             params["other"] = self.random.uniform((len(images),), images.device)
@@ -189,13 +196,12 @@ class JointSpaceAdv(BatchTransform):
 
     def transform(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Tensor, Any]:
         """The attacked images; the labels as they are."""
-        if self.threat.moves_latent:
-            self._flow = (_on(self.flow, images.device),)
+        flow = self._fitted(images) if self.threat.moves_latent else None
         target = self._labels(images, labels)
         starts = {k: v for k, v in params.items() if k != "other"}
         outcome = climb(
             images, _other(target, params["other"]) if "other" in params else target,
-            self.handle, self.flow, self.threat, self.scale,
+            self.handle, flow, self.threat, self.scale,
             careful=self.careful(images), **starts,
         )  # fmt: skip
         self.last = outcome.facts
@@ -217,6 +223,21 @@ class JointSpaceAdv(BatchTransform):
             shown["random_start"] = False
         words = [f"{k}={v:.3g}" if type(v) is float else f"{k}={v}" for k, v in shown.items()]
         return ", ".join([super().extra_repr(), *words])
+
+    def _fitted(self, images: Tensor) -> Manifold:
+        """The flow on the batch's device, and at its size."""
+        self._flow = (_on(self.flow, images.device),)
+        return at_size(check_manifold(self.flow), (images.shape[2], images.shape[3]))
+
+    def _tell_once(self, flow: Manifold, images: Tensor) -> None:
+        if not self._told:
+            self._told = True
+            one, two = ("x".join(map(str, s)) for s in (flow.shape[1:], images.shape[2:]))
+            warnings.warn(
+                f"the flow takes images of {one}, the batch has {two}: their low band moves on its "
+                "manifold, finer detail stays (ijsat_aug.flows.Pyramid; Tiles moves it too).",
+                stacklevel=2,
+            )
 
     def _labels(self, images: Tensor, labels: Any) -> Tensor | None:
         """What the loss is measured against, of the labels that came."""

@@ -66,7 +66,9 @@ def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: boo
             raise ValueError(
                 f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
             )
-        return target.float()
+        # Rounded rows of half precision need not sum to 1.
+        exact = target.dtype == labels.dtype
+        return target.float() if exact else target / target.sum(1, keepdim=True)
     if num_classes is None:
         raise ValueError("class numbers need num_classes= to become probabilities.")
     if values and count:

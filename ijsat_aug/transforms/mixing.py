@@ -98,8 +98,10 @@ def mix_batch(
     flow: Manifold | None,
     scale: Scale,
     seed: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed and attacked images, their targets, and the weights of the own images.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Mixed and attacked images, their targets, and facts: the weights of the own images.
+
+    A blend whose decode is not finite becomes the straight blend, and is counted.
 
     Args:
         images: The batch, in its own units.
@@ -118,14 +120,20 @@ def mix_batch(
         images, targets, lam = (t.clone() if t.is_inference() else t.detach()
                                 for t in (images, targets, lam))  # fmt: skip
         pixels = scale.to_pixels(images)
-        draws = lam.reshape(-1, len(images), 1, 1, 1).to(pixels.dtype)
+        draws = lam[None] if lam.ndim == 1 else lam
+        draws = draws[:, :, None, None, None].to(pixels.dtype)
         picture = blend(pixels, mix.space, flow)
         if len(draws) > 1 or mix.lam_steps:
             with handle.frozen(images.device, seed):
                 weight = _worst_weight(picture, targets, draws, mix, handle, scale)
         else:
             weight = draws[0]
-        mixed = scale.moved(images, pixels, picture({"weight": weight}))
+        new = picture({"weight": weight})
+        lost = ~new.flatten(1).isfinite().all(1)
+        if mix.space != "pixel":
+            straight = blend(pixels, "pixel", None)({"weight": weight})
+            new = torch.where(lost.reshape(-1, 1, 1, 1), straight, new)
+        mixed = scale.moved(images, pixels, new)
         labels = _mixed_labels(targets, weight)
     if mix.order == "mix-attack" and attack is not None:
         attacked = attack(mixed, labels)
@@ -134,7 +142,8 @@ def mix_batch(
             weight = geometric_weight(moved, pixels, pixels.roll(1, 0), weight)
             labels = _mixed_labels(targets, weight)
         mixed = attacked
-    return torch.empty_like(images).copy_(mixed), labels, weight.flatten()
+    facts = {"lam": weight.flatten()} | ({"fallback": lost} if mix.space != "pixel" else {})
+    return torch.empty_like(images).copy_(mixed), labels, facts
 
 
 def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
@@ -148,7 +157,13 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
 
     def call(images: Tensor, targets: Tensor) -> Tensor:
         out = attack(images, targets)
-        moved: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        moved = out[0] if isinstance(out, (tuple, list)) and out else out
+        if not isinstance(moved, Tensor) or moved.shape != images.shape:
+            got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+            raise ValueError(
+                f"attack must return images of shape {tuple(images.shape)}, alone or before the "
+                f"targets; got {got}."
+            )
         return moved.detach()
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -43,8 +44,8 @@ class RobustMixup(BatchTransform):
         alpha: Of the Beta distribution; 1 is uniform.
         per_sample: One weight a sample; otherwise one a batch.
         attack: What climbs on the blend: any transform or callable ``(images, targets)``. Without
-            one, PGD in pixel space with the next four settings. A ``BatchTransform`` without a
-            model gets this one.
+            one, PGD in pixel space with the next six settings. A ``BatchTransform`` without a model
+            or a generator gets those of this one.
         eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
         norm: Of its ball.
         steps: Its forward and backward passes.
@@ -132,8 +133,8 @@ class RobustMixup(BatchTransform):
             raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws must be an integer >= 1, got {draws!r}.")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}.")
+        if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 2):
+            raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}.")
         self.mix = Mix(
             lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size,
             lam_objective=lam_objective, order=order, space=space, label=label,
@@ -142,16 +143,31 @@ class RobustMixup(BatchTransform):
             raise ValueError(f"space={space!r} needs a flow.")
         self._flow = (flow,)
         self.num_classes, self.alpha, self.per_sample = num_classes, alpha, per_sample
+        if not per_sample and (draws > 1 or lam_steps > 0):
+            raise ValueError(
+                "per_sample=False is one weight for the batch; draws and lam_steps choose one for "
+                "each sample."
+            )
         self.draws = draws
-        if attack is None and eps > 0:
-            attack = JointSpaceAdv(
-                model, eta=0, eps=eps, norm=norm, steps=steps, step_size=step_size,
-                objective=objective, random_start=random_start, **shared,
-            )  # fmt: skip
-            attack.random = self.random
-        elif isinstance(attack, BatchTransform) and attack.model is None and model is not None:
-            attack.bind(model)
-        self.attack = attack
+        own = {
+            "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
+            "objective": objective, "random_start": random_start,
+        }  # fmt: skip
+        if attack is None:
+            built_in = JointSpaceAdv(model, eta=0, **own, **shared)  # type: ignore[arg-type]
+            attack = built_in if eps > 0 else None
+        else:
+            _check_attack(attack, own)
+        # Only ours is a submodule: any other may hold the model itself.
+        self.climb = attack if isinstance(attack, BatchTransform) else None
+        self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)
+        if self.climb is not None:
+            self._adopt(self.climb)
+
+    @property
+    def attack(self) -> AnyAttack | None:
+        """What climbs on the blend."""
+        return self._other_attack[0] if self.climb is None else self.climb
 
     @property
     def needs_model(self) -> bool:
@@ -171,9 +187,9 @@ class RobustMixup(BatchTransform):
         super().check(images, labels)
         if self.mix.space != "pixel":
             check_flow(self._flow[0], images)
+        targets = self.as_labels(images, labels)
         if isinstance(self.attack, BatchTransform):
-            self.attack.check(images, None)
-        self.as_labels(images, labels)
+            self.attack.check(images, targets)
 
     def as_labels(self, images: Tensor, labels: Any) -> Tensor:
         """Labels as probabilities."""
@@ -204,16 +220,27 @@ class RobustMixup(BatchTransform):
         """The attacked blends and their labels."""
         if self.mix.space != "pixel":
             self._flow = (_on(self._flow[0], images.device),)
-        mixed, targets, lam = mix_batch(
+        mixed, targets, facts = mix_batch(
             images, labels, params["lam"], self.mix,
-            attack=self._attack(params.get("attack")), handle=self.handle, flow=self._flow[0],
+            attack=self._call(params.get("attack")), handle=self.handle, flow=self._flow[0],
             scale=self.scale, seed=params.get("seed"),
         )  # fmt: skip
-        facts = self.attack.last if isinstance(self.attack, BatchTransform) else {}
-        self.last = {"lam": lam, **facts}
+        seen = self.attack.last if isinstance(self.attack, BatchTransform) else {}
+        self.last = {**seen, **facts}
+        if "fallback" in seen and "fallback" in facts:
+            self.last["fallback"] = seen["fallback"] | facts["fallback"]
         return mixed, targets
 
-    def _attack(self, params: dict[str, Any] | None) -> Attack | None:
+    def _adopt(self, attack: BatchTransform) -> None:
+        """Give the attack what it shares with this transform."""
+        if attack.mode == "append":
+            raise ValueError('the attack must return as many images as it gets: mode="replace".')
+        model = self.model if attack.model is None else attack.model
+        attack.handle = attack.handle.to(model, "auxiliary" if self.mode == "append" else None)
+        if attack.random.is_global:
+            attack.random = self.random
+
+    def _call(self, params: dict[str, Any] | None) -> Attack | None:
         attack = self.attack
         if isinstance(attack, BatchTransform):
             attack.last = {}
@@ -229,6 +256,19 @@ class RobustMixup(BatchTransform):
         shown |= {n: v for n, v in vars(self.mix).items() if v != getattr(usual, n)}
         words = [f"{name}={value}" for name, value in shown.items()]
         return ", ".join([super().extra_repr(), *words])
+
+
+def _check_attack(attack: AnyAttack, own: dict[str, Any]) -> None:
+    if not callable(attack) or isinstance(attack, type):
+        got = attack.__name__ if isinstance(attack, type) else repr(attack)
+        raise TypeError(f"attack must be a transform or a callable (images, targets), got {got}.")
+    usual = inspect.signature(RobustMixup.__init__).parameters
+    ignored = [name for name, value in own.items() if value != usual[name].default]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(ignored)} belong to the built-in attack; give them to the one that you "
+            "pass as attack=."
+        )
 
 
 def _on(flow: Any, device: torch.device) -> Any:

@@ -58,13 +58,15 @@ def _sequence(
 ) -> Parts:
     second = batch[1] if len(batch) > 1 and _like_labels(batch[1]) else None
     whole = make(list(batch))
-    labels = second if getter == "default" else _get(getter, whole)
+    labels = found = second if getter == "default" else _get(getter, whole)
     place = next((i for i, item in enumerate(batch) if i and item is labels), None)
 
     def rebuild(images: Any, labels: Any) -> Any:
         items = [images, *batch[1:]]
         if place is not None:
             items[place] = labels
+        else:
+            _check_unchanged(found, labels)
         return make(items)
 
     return Parts(batch[0], labels, rebuild)
@@ -74,15 +76,17 @@ def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
     image_key = _image_key(batch)
     if getter == "default":
         label_key = _label_key(batch)
-        labels = None if label_key is None else batch[label_key]
+        labels = found = None if label_key is None else batch[label_key]
     else:
-        labels = _get(getter, batch)
+        labels = found = _get(getter, batch)
         label_key = next((k for k, v in batch.items() if v is labels and v is not None), None)
 
     def rebuild(images: Any, labels: Any) -> Any:
         news = {image_key: images}
         if label_key is not None:
             news[label_key] = labels
+        else:
+            _check_unchanged(found, labels)
         try:
             new = copy.copy(batch)
             for key, value in news.items():
@@ -92,6 +96,14 @@ def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
         return new
 
     return Parts(batch[image_key], labels, rebuild)
+
+
+def _check_unchanged(found: Any, labels: Any) -> None:
+    if labels is not found:
+        raise ValueError(
+            "there is no place for the new labels: labels_getter must return an item of the batch "
+            "itself, not a copy or a part of one."
+        )
 
 
 def _image_key(batch: Mapping[str, Any]) -> str:

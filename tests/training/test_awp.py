@@ -100,3 +100,22 @@ def test_a_failing_loss_changes_nothing(net, digits, labels) -> None:
     with pytest.raises(KeyboardInterrupt), AdversarialWeightPerturbation(net)(fails):
         pass
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_weights_come_back_when_the_perturbation_itself_fails(net, digits, labels) -> None:
+    before = copy.deepcopy(net.state_dict())
+    awp = AdversarialWeightPerturbation(net)
+    awp.gamma = torch.ones(3)  # does not fit the second weight's shape
+    with pytest.raises(RuntimeError), awp(lambda: F.cross_entropy(net(digits), labels)):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_a_frozen_model_has_nothing_to_perturb(net, digits, labels) -> None:
+    net.requires_grad_(False)
+    awp = AdversarialWeightPerturbation(net)
+    with (
+        pytest.raises(ValueError, match="no trainable weight matrix"),
+        awp(lambda: F.cross_entropy(net(digits), labels)),
+    ):
+        pass

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ijsat_aug import RobustMixup
+from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.training import auxiliary_batchnorm, convert_split_batchnorm
 
 
@@ -73,3 +73,45 @@ def test_routes(network, digits) -> None:
         convert_split_batchnorm(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"convert_split_batchnorm\(model\) first"):
         auxiliary_batchnorm(nn.Linear(2, 2)).__enter__()
+
+
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+def test_appended_images_are_made_through_the_auxiliary_branch(
+    model_mode, network, digits, labels, flow
+) -> None:
+    convert_split_batchnorm(network)
+    calls: list[str] = []
+    network[1].auxiliary.register_forward_hook(lambda *_: calls.append("auxiliary"))
+    options = {"model_mode": model_mode, "steps": 2}
+    for mode, expected in (("append", 2), ("replace", 0)):
+        for augment in (
+            JointSpaceAdv(network, flow, mode=mode, **options),
+            RobustMixup(network, num_classes=10, mode=mode, **options),
+            RobustMixup(
+                network, num_classes=10, mode=mode, attack=JointSpaceAdv(network, flow, **options)
+            ),
+        ):
+            calls.clear()
+            augment(digits[:7], labels[:7])
+            assert len(calls) == expected, augment
+            assert {m.route for m in network.modules() if hasattr(m, "route")} == {"half"}
+
+
+def test_converting_twice_is_converting_once(network) -> None:
+    names = set(convert_split_batchnorm(network).state_dict())
+    assert set(convert_split_batchnorm(network).state_dict()) == names
+
+
+def test_synchronised_first_and_split_then() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    convert_split_batchnorm(model)
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    assert isinstance(model[0].auxiliary, nn.SyncBatchNorm)
+
+
+def test_other_kinds_of_batchnorm_are_refused() -> None:
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match="Mine cannot be split"):
+        convert_split_batchnorm(nn.Sequential(nn.BatchNorm2d(3), Mine(3)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+import copy
+import pickle
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -93,8 +95,10 @@ def test_collate_runs_here_and_refuses_workers(data, network) -> None:
 
 
 def test_a_transform_must_be_callable(data) -> None:
-    with pytest.raises(TypeError, match="transform must be callable"):
+    with pytest.raises(TypeError, match=r"as in AugmentedLoader\(.*got str"):
         AugmentedLoader(DataLoader(data), "mixup")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got RobustMixup"):
+        AugmentedLoader(DataLoader(data), RobustMixup)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -103,6 +107,58 @@ def test_on_a_gpu_batches_arrive_complete_and_in_order(data) -> None:
     batches = list(loader)
     assert all(x.is_cuda and y.is_cuda for x, y in batches)
     assert torch.equal(torch.cat([x.cpu() for x, _ in batches]), data.tensors[0])
+
+
+def test_copies_pickles_and_attributes(data) -> None:
+    inner = DataLoader(data, batch_size=10)
+    loader = AugmentedLoader(inner, RobustMixup(num_classes=10, eps=0), "cpu")
+    for twin in (copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))):
+        assert isinstance(twin, AugmentedLoader)
+        assert next(iter(twin))[1].shape == (10, 10)
+    loader.mixup_enabled = False  # as timm's script does
+    assert inner.mixup_enabled is False
+    assert AugmentedLoader(iter([1]), lambda batch: batch)  # true, though it has no length
+
+
+def test_an_interrupted_pass_loses_no_batch(data) -> None:
+    stream = iter(range(6))
+    for batch in AugmentedLoader(stream, lambda batch: batch, "cpu"):
+        if batch == 2:
+            break
+    assert next(stream) == 3
+
+
+@pytest.mark.parametrize("where", ["batch_sampler", "dataset"])
+def test_epochs_reach_whoever_counts_them(where, data) -> None:
+    class Batches:
+        epoch = 0
+
+        def __iter__(self):
+            yield [0, 1]
+
+        def __len__(self):
+            return 1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    class Data(TensorDataset):
+        epoch = 0
+        set_epoch = Batches.set_epoch
+
+    batches, dataset = Batches(), Data(*data.tensors)
+    inner = DataLoader(dataset, batch_sampler=batches) if where == "batch_sampler" else (
+        DataLoader(dataset, batch_size=2)
+    )  # fmt: skip
+    AugmentedLoader(inner, lambda batch: batch).set_epoch(5)
+    assert (batches if where == "batch_sampler" else dataset).epoch == 5
+
+
+def test_mappings_keep_their_kind(data) -> None:
+    batch = UserDict(x=torch.ones(2), names=["a", "b"])
+    (out,) = AugmentedLoader([batch], lambda batch: batch, "cpu")
+    assert isinstance(out, UserDict)
+    assert torch.equal(out["x"], batch["x"])
 
 
 def test_one_line_in_an_ordinary_loop(data, network) -> None:

@@ -78,3 +78,18 @@ def test_iat(share, case) -> None:
     assert torch.allclose(IATLoss(share)(clean, t, adversarial, y), expected)
     with pytest.raises(ValueError, match="from 0 to 1"):
         IATLoss(1.5)
+
+
+def test_mart_of_fooled_samples_and_smoothed_labels() -> None:
+    """The margin pulls where the model is surest of the wrong class; smoothing hides none."""
+    clean = torch.zeros(1, 3)
+    fooled = torch.tensor([[0.0, 0.0, 12.0]], requires_grad=True)
+    y = torch.tensor([0], dtype=torch.int32)
+    (g,) = torch.autograd.grad(MARTLoss(beta=0)(clean, fooled, y), fooled)
+    p = fooled.detach().softmax(1)
+    official = -F.log_softmax(fooled, 1)[0, 0] - torch.log(1.0001 - p.amax(1))[0]
+    assert torch.isclose(MARTLoss(beta=0)(clean, fooled, y), official)
+    assert g[0, 2] > 1.05
+    smooth = F.one_hot(y.long(), 3) * 0.9 + 0.1 / 3
+    hard, soft = (MARTLoss(beta=0)(clean, fooled.detach(), t) for t in (y, smooth))
+    assert (hard - soft).abs() < 2  # not the whole margin of 8

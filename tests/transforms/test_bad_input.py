@@ -41,9 +41,8 @@ def untouchable() -> nn.Module:
         (
             torch.rand(4, 3, 8, 8),
             ValueError,
-            r"takes images of 1 channels, the batch has 3 .*convert",
+            r"takes images of 1 channels, the batch has 3 .*cifar10 3x32x32, digits 1x8x8.*grey",
         ),
-        (torch.rand(4, 1, 9, 8), ValueError, r"cifar10 3x32x32, digits 1x8x8.*resize.*train-flow"),
     ],
 )
 def test_images(x, error, message, untouchable, flow) -> None:
@@ -54,6 +53,11 @@ def test_images(x, error, message, untouchable, flow) -> None:
     if isinstance(x, torch.Tensor):
         with pytest.raises(error, match=f"(?s){message}"):
             joint_space_adv(x, Y, untouchable, flow, eps=0.1, eta=0.1)
+
+
+def test_the_size_of_a_flow_in_the_functional_form(untouchable, flow) -> None:
+    with pytest.raises(ValueError, match=r"Pyramid\(flow, \(9, 8\)\), or train a flow"):
+        joint_space_adv(torch.rand(4, 1, 9, 8), Y, untouchable, flow, eps=0.1, eta=0.1)
 
 
 @pytest.mark.parametrize(

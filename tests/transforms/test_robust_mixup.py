@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.functional import robust_mixup
 from ijsat_aug.transforms.mixing import adversity
 
 
@@ -105,8 +106,8 @@ def test_each_climb_raises_the_loss_of_the_same_blends(net, digits, labels, flow
     """Mixup < Robust Mixup < joint space, with the same weights."""
     lam = torch.rand(len(digits), generator=torch.Generator().manual_seed(0))
     losses = []
-    for attack, eps in ((None, 0.0), (None, 0.03), (JointSpaceAdv(net, flow, eps=0.03), 1.0)):
-        mix = RobustMixup(net, num_classes=10, attack=attack, eps=eps)
+    for own in ({"eps": 0.0}, {"eps": 0.03}, {"attack": JointSpaceAdv(net, flow, eps=0.03)}):
+        mix = RobustMixup(net, num_classes=10, **own)
         x, t = with_lam(mix, digits, labels, lam)
         losses.append(soft_loss(net, x, t).mean().item())
     assert losses[0] < losses[1] - 0.02 < losses[2] - 0.04
@@ -365,8 +366,17 @@ def test_a_seed_replays_and_leaves_the_global_state_alone(
         ({"label": "untied"}, '"linear", "geometric"'),
         ({"label": "geometric", "order": "attack-mix"}, "needs order"),
         ({"lam_objective": "margin"}, '"kl", "ce"'),
-        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"num_classes": 1}, "num_classes must be an integer >= 2"),
         ({"mode": "append", "p": 0.5}, "needs p=1"),
+        ({"num_classes": 10.0}, "num_classes must be an integer >= 2"),
+        ({"eps": -1}, "eps must be a number >= 0"),
+        ({"eps": float("nan")}, "eps must be a number >= 0"),
+        ({"eps": 0, "norm": "l3"}, "norm must be one of"),
+        ({"attack": lambda x, t: x, "eps": 0.1, "steps": 3}, "eps, steps belong to the built-in"),
+        ({"attack": JointSpaceAdv(eta=0, mode="append")}, 'mode="replace"'),
+        ({"per_sample": False, "draws": 3}, "per_sample=False is one weight"),
+        ({"per_sample": False, "lam_steps": 1}, "per_sample=False is one weight"),
+        ({"mode": "append", "fraction": 0.5}, "needs fraction=1"),
         ({"mode": "prepend"}, '"replace" or "append"'),
         ({"fraction": 2}, "fraction is a share"),
     ],
@@ -390,3 +400,103 @@ def test_bad_labels(y, options, message, digits) -> None:
     mix = RobustMixup(**{"num_classes": 10, "eps": 0, **options})
     with pytest.raises(ValueError, match=message):
         mix(digits[:2], y) if y is not None else mix(digits[:2])
+
+
+@pytest.mark.parametrize("attack", ["pgd", JointSpaceAdv])
+def test_an_attack_is_an_instance_or_a_function(attack) -> None:
+    with pytest.raises(TypeError, match="attack must be a transform or a callable"):
+        RobustMixup(num_classes=10, attack=attack)
+
+
+@pytest.mark.parametrize("out", [lambda x: x[:1], lambda x: {"image": x}, lambda x: ()])
+def test_an_attack_returns_the_images(out, digits, labels) -> None:
+    mix = RobustMixup(num_classes=10, attack=lambda x, t: out(x))
+    with pytest.raises(ValueError, match="attack must return images of shape"):
+        mix(digits[:4], labels[:4])
+
+
+def test_a_seed_governs_the_attack_too(net, digits, labels, flow) -> None:
+    def make() -> RobustMixup:
+        attack = JointSpaceAdv(net, flow, eps=0.05)
+        return RobustMixup(net, num_classes=10, attack=attack, generator=0)
+
+    state = torch.get_rng_state()
+    one, two = (make()(digits[:6], labels[:6]) for _ in range(2))
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_another_attack_is_no_part_of_the_transform(net, digits, labels) -> None:
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return 1 - x
+
+    mix = RobustMixup(num_classes=10, attack=Theirs())
+    mix(digits[:4], labels[:4])
+    assert not list(mix.parameters())
+    net.train()
+    mix.eval()
+    assert net.training
+
+
+def test_a_targeted_attack_gets_the_labels(net, digits, labels) -> None:
+    adv = JointSpaceAdv(net, eta=0, eps=0.1, targeted=True)
+    _, t = RobustMixup(net, num_classes=10, attack=adv)(digits[:6], labels[:6])
+    assert t.shape == (6, 10)
+
+
+def test_blends_that_do_not_decode_are_straight_and_counted(digits, labels, flow) -> None:
+    class Broken:
+        shape, latent_dim = flow.shape, flow.latent_dim
+
+        def encode(self, x: Tensor) -> Tensor:
+            return flow.encode(x)
+
+        def decode(self, z: Tensor) -> Tensor:
+            return torch.where(torch.arange(len(z))[:, None, None, None] < 2, torch.nan, 1.0) * (
+                flow.decode(z)
+            )
+
+    x, y = digits[:5], labels[:5]
+    mix = RobustMixup(num_classes=10, eps=0, space="latent", flow=Broken())
+    lam = torch.full((5,), 0.4)
+    out, _ = with_lam(mix, x, y, lam)
+    assert mix.last["fallback"].tolist() == [True, True, True, False, False]  # 2 has 1 as partner
+    assert torch.allclose(out[:3], (0.4 * x + 0.6 * x.roll(1, 0))[:3], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_sum_to_one_whatever_the_precision_of_the_labels(dtype, digits) -> None:
+    soft = torch.rand(8, 1000).softmax(1).to(dtype)
+    _, t = RobustMixup(eps=0)(digits[:8], soft)
+    assert t.dtype == torch.float32
+    assert (t.sum(1) - 1).abs().max() < 1e-5
+
+
+def test_a_fraction_keeps_the_memory_format(net) -> None:
+    x = torch.rand(8, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    y = torch.arange(8)
+    out, _ = RobustMixup(num_classes=8, eps=0, fraction=0.5)(x, y)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_images_at_all(net) -> None:
+    for lam in (0.5, torch.empty(0)):
+        out, t = robust_mixup(
+            torch.empty(0, 1, 8, 8), torch.empty(0).long(), lam=lam, num_classes=4
+        )
+        assert out.shape == (0, 1, 8, 8)
+        assert t.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "getter", [lambda b: b[1].clone(), lambda b: b[2]["y"]], ids=["a copy", "a part"]
+)
+def test_labels_that_have_no_place_are_refused(getter, digits, labels) -> None:
+    mix = RobustMixup(num_classes=10, eps=0, labels_getter=getter)
+    with pytest.raises(ValueError, match="no place for the new labels"):
+        mix((digits[:4], labels[:4], {"y": labels[:4].clone()}))
