@@ -1,5 +1,6 @@
 """The manifold: build, train, freeze, save, load and calibrate normalizing flows."""
 
+from .adapters import Decoder, NormflowsManifold
 from .calibration import calibrate, matching_eta, round_trip
 from .checkpoint import convert_checkpoint, load_flow, load_state, save_flow
 from .data import ImageData, load_images
@@ -14,10 +15,12 @@ from .trainer import train_flow
 
 __all__ = [
     "CheckpointError",
+    "Decoder",
     "FrozenGlow",
     "GlowConfig",
     "ImageData",
     "Manifold",
+    "NormflowsManifold",
     "Pyramid",
     "Recipe",
     "Tape",

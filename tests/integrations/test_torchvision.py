@@ -1,0 +1,66 @@
+"""Among torchvision's v2 transforms: Compose, RandomApply, RandomChoice, tv_tensors, CutMix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from ijsat_aug import JointSpaceAdv, RobustMixup
+
+
+@pytest.fixture
+def net(network: nn.Sequential) -> nn.Sequential:
+    return network.eval()
+
+
+def ours(net: nn.Sequential) -> list:
+    return [JointSpaceAdv(net, "digits", eps=0.05), RobustMixup(net, num_classes=10, eps=0.05)]
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, tv_tensors.Image])
+@pytest.mark.parametrize("shape", ["two", "tuple", "dict", "more"])
+def test_in_compose(kind, shape, net, digits, labels) -> None:
+    x, y = digits[:6].as_subclass(kind), labels[:6]
+    pipeline = v2.Compose([v2.RandomHorizontalFlip(p=0.5), *ours(net)])
+    if shape == "dict":
+        out = pipeline({"image": x, "labels": y, "path": ["a"] * 6})
+        image, t = out["image"], out["labels"]
+        assert out["path"] == ["a"] * 6
+    elif shape == "more":
+        image, t, index = pipeline((x, y, "index"))
+        assert index == "index"
+    else:
+        image, t = pipeline(x, y) if shape == "two" else pipeline((x, y))
+    assert type(image) is kind
+    assert image.shape == (6, 1, 8, 8)
+    assert t.shape == (6, 10)
+
+
+def test_in_random_apply(net, digits, labels) -> None:
+    x, y = digits[:5], labels[:5]
+    sometimes = v2.RandomApply([ours(net)[0]], p=0.5)
+    seen = {bool(torch.equal(sometimes(x, y)[0], x)) for _ in range(20)}
+    assert seen == {True, False}
+
+
+def test_in_random_choice(net, digits, labels) -> None:
+    either = v2.RandomChoice([RobustMixup(net, num_classes=10), v2.CutMix(num_classes=10)])
+    for _ in range(6):
+        x, t = either(digits[:5], labels[:5])
+        assert torch.allclose(t.sum(1), torch.ones(5))
+        assert x.shape == (5, 1, 8, 8)
+
+
+@pytest.mark.parametrize("theirs", [v2.CutMix, v2.MixUp])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_beside_their_mixing(theirs, place, net, digits, labels) -> None:
+    """Soft labels in, soft labels out."""
+    chain = [theirs(num_classes=10), *ours(net)]
+    chain = chain if place == "before" else [*chain[1:], chain[0]]
+    x, t = v2.Compose(chain)(digits[:7], labels[:7])
+    assert x.shape == (7, 1, 8, 8)
+    assert torch.allclose(t.sum(1), torch.ones(7))
+    assert (t > 0).sum(1).max() > 2  # two mixings
