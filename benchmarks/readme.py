@@ -119,9 +119,24 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
+def pyramid_sentence() -> str:
+    """Cost of the manifold at 224 pixels."""
+    result = load("speed-pyramid-cpu")
+    share = {name: f"{100 * r['median']:.1f} %" for name, r in result["ratios"].items()}
+    tiles = next(name for name in share if "Tiles" in name)
+    return (
+        f"At {result['size']} pixels a gradient through the pyramid costs "
+        f"{share['Pyramid, gradient']} of a ResNet-50's forward and backward pass, all of a linear "
+        f"step {share['Pyramid, a linear step']}; a gradient through {tiles.split(',')[0].lower()} "
+        f"{share[tiles]} ({result['hardware']}, torch {result['torch']}, {result['date']}: "
+        "[`benchmarks/speed/pyramid.py`](benchmarks/speed/pyramid.py))."
+    )
+
+
 TABLES = {
     "attack": attack_table,
     "flows": flows_table,
+    "pyramid": pyramid_sentence,
     "speed": speed_table,
     "step": step_table,
 }

@@ -144,7 +144,7 @@ def _caption(column: Column, i: int, classes: Sequence[str] | None) -> str:
     shares, labels = column.truth[i].topk(min(2, column.truth.shape[1]))
     names = [_name(int(k), classes) for k, share in zip(labels, shares, strict=True) if share > 0]
     seen = _name(int(column.predictions[i]), classes)
-    return f"{' + '.join(names)} → {seen} ({float(column.losses[i]):.2f})"
+    return f"{' + '.join(names)} → {seen} ({abs(float(column.losses[i])):.2f})"
 
 
 def _column(handle: ModelHandle, scale: Scale, title: str, batch: Tensor, target: Tensor) -> Column:

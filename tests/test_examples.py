@@ -112,6 +112,18 @@ def test_the_script_on_folders_of_larger_images(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "kornia", "albumentations"])
+def test_the_compose_examples_draw(library, tmp_path) -> None:
+    pytest.importorskip(library, reason='needs pip install "ijsat-aug[albumentations]"')
+    out = tmp_path / "a" / "grid.png"
+    done = run_python(ROOT / "examples" / f"compose_{library}.py", "--out", out, cwd=tmp_path)
+    assert f"Look at {out}." in done.stdout
+    assert ("replayed exactly: True" in done.stdout) == (library == "kornia")
+    with Image.open(out) as picture:
+        assert picture.size[0] > 500
+
+
+@pytest.mark.slow
 def test_the_example_trains_a_flow(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     done = run_python(
