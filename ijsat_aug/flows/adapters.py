@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +15,48 @@ from torch import Tensor, nn
 __all__ = ["Decoder", "NormflowsManifold"]
 
 Function = Callable[[Tensor], Tensor]
+A = TypeVar("A", bound="_Adapter")
+F = TypeVar("F")
 
 
-class NormflowsManifold:
-    """A model of the user's own normflows: ``NormalizingFlow``, ``MultiscaleFlow`` or conditional.
+class _Adapter:
+    """What holds modules and tensors, and is never changed itself."""
+
+    def to(self: A, device: torch.device | str) -> A:
+        """The same on another device; itself where all is already there."""
+        place = torch.empty(0, device=device).device
+        moved = {name: _moved(value, place) for name, value in vars(self).items()}
+        same = all(moved[name] is value for name, value in vars(self).items())
+        return self if same else self._changed(**moved)
+
+    def _changed(self: A, **values: Any) -> A:
+        twin = copy.copy(self)
+        vars(twin).update(values)
+        return twin
+
+
+class NormflowsManifold(_Adapter):
+    """A model of the user's own normflows.
 
     The model is copied, frozen and put into eval mode. Its latents are used as they are: a radius
     counts in their units, which are standard deviations where the base is a standard normal; with
     :meth:`standardised` they are for any base.
 
+    A ``ConditionalNormalizingFlow`` needs its context, by :meth:`given` or ``from_labels``. The
+    classes of a ``MultiscaleFlow`` or ``ClassCondFlow`` shape its base density alone: its latents
+    are the same for all of them, and no context is used.
+
     Args:
-        model: With ``inverse`` and ``forward`` (``*_and_log_det`` of a ``MultiscaleFlow``).
+        model: ``NormalizingFlow``, ``ConditionalNormalizingFlow``, ``ClassCondFlow``,
+            ``MultiscaleFlow``, or another with ``inverse_and_log_det`` and ``forward_and_log_det``.
         shape: ``(channels, height, width)`` of the images.
         flat: Whether the model works on vectors instead of images.
         to_model: From [0, 1] pixels to what the model was trained on, such as ``x - 0.5``.
         from_model: The way back.
         context: Of a conditional model, for the whole batch; see :meth:`given`.
+        from_labels: From labels to the context of a conditional model, such as
+            ``lambda y: one_hot(y, 10).float()``: :class:`ijsat_aug.JointSpaceAdv` then gives it
+            those of every batch.
 
     Example:
         >>> import normflows as nf
@@ -49,27 +77,54 @@ class NormflowsManifold:
         to_model: Function | None = None,
         from_model: Function | None = None,
         context: Tensor | None = None,
+        from_labels: Function | None = None,
     ) -> None:
-        if not hasattr(model, "inverse_and_log_det"):
+        import normflows as nf
+
+        of_classes = isinstance(model, nf.ClassCondFlow) or getattr(model, "class_cond", False)
+        if isinstance(model, nf.ClassCondFlow):
+            model = nf.NormalizingFlow(model.q0, model.flows)
+        inverse = getattr(model, "inverse_and_log_det", None)
+        if not callable(inverse):
             raise TypeError(
                 f"model must be one of normflows, with inverse_and_log_det; got "
                 f"{type(model).__name__}."
             )
         if (to_model is None) != (from_model is None):
             raise ValueError("to_model and from_model belong together: pass both, or none.")
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = _frozen(model)
         self.shape = shape
         self.latent_dim = math.prod(shape)
+        # Of the levels of a multiscale model.
+        bases = model.q0 if isinstance(model, nf.MultiscaleFlow) else ()
+        self._levels = [tuple(base.shape) for base in bases]
         self._flat = flat
         self._to_model, self._from_model = to_model, from_model
-        self._context = context
-        self._parts: list[torch.Size] | None = None
         self._loc: Tensor | None = None
         self._scale: Tensor | None = None
+        self._uses_context = len(inspect.signature(inverse).parameters) > 1
+        self._is_conditional = self._uses_context or of_classes
+        self._context, self._from_labels = context, from_labels
+        if context is not None or from_labels is not None:
+            self._check_conditional()
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it finds its context in labels."""
+        return self._uses_context and self._from_labels is not None
 
     def given(self, context: Tensor) -> NormflowsManifold:
-        """The same for images of this context, such as their classes ``(B, ...)``."""
+        """The same for a batch of images with this context ``(B, ...)``."""
+        self._check_conditional()
         return self._changed(_context=context)
+
+    def of_labels(self, labels: Tensor) -> NormflowsManifold:
+        """The same for a batch of images with these labels."""
+        return self if self._from_labels is None else self.given(self._from_labels(labels))
+
+    def of_samples(self, index: Tensor) -> NormflowsManifold:
+        """The same for some samples of the batch."""
+        return self if self._context is None else self.given(self._context[index])
 
     def standardised(self, images: Tensor) -> NormflowsManifold:
         """The same with latents of mean 0 and variance 1 on these images.
@@ -90,55 +145,50 @@ class NormflowsManifold:
     def encode(self, x: Tensor) -> Tensor:
         """The model's latents, all levels one behind the other."""
         u = x if self._to_model is None else self._to_model(x)
-        z = self._call("inverse", u.flatten(1) if self._flat else u)
-        parts = z if isinstance(z, (list, tuple)) else [z]
-        self._parts = [part.shape[1:] for part in parts] if isinstance(z, (list, tuple)) else None
-        flat = torch.cat([part.flatten(1) for part in parts], 1)
-        if self._loc is None or self._scale is None:
-            return flat
-        return (flat - self._loc) / self._scale
+        z = self._call("inverse", _cast(u.flatten(1) if self._flat else u, self.model), len(x))
+        flat = torch.cat([part.flatten(1) for part in z], 1) if self._levels else z.flatten(1)
+        if self._loc is not None and self._scale is not None:
+            flat = (flat - self._loc) / self._scale
+        return flat.to(x.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents, differentiable."""
-        if self._loc is not None and self._scale is not None:
-            z = z * self._scale + self._loc
-        u = self._call("forward", self._shaped(z))
+        raw = z if self._loc is None or self._scale is None else z * self._scale + self._loc
+        u = self._call("forward", self._shaped(_cast(raw, self.model)), len(z)).to(z.dtype)
         u = u.reshape(-1, *self.shape)
         return u if self._from_model is None else self._from_model(u)
 
-    def to(self, device: torch.device | str) -> NormflowsManifold:
-        """The same on another device; itself where it is already there."""
-        if all(p.device == torch.device(device) for p in self.model.parameters()):
-            return self
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in vars(self).items()
-            if name in ("_loc", "_scale", "_context")
-        }
-        return self._changed(model=copy.deepcopy(self.model).to(device), **moved)
-
-    def _call(self, way: str, value: Any) -> Any:
-        context = () if self._context is None else (self._context,)
-        return getattr(self.model, f"{way}_and_log_det")(value, *context)[0]
+    def _call(self, way: str, value: Any, count: int) -> Any:
+        method = getattr(self.model, f"{way}_and_log_det")
+        context = self._context if self._uses_context else None
+        if context is None:
+            if self.needs_labels:
+                raise ValueError("the flow is conditional: give the batch's context, .given(...).")
+            return method(value)[0]
+        if len(context) != count:
+            raise ValueError(f"{count} images and {len(context)} contexts do not go together.")
+        return method(value, context)[0]
 
     def _shaped(self, z: Tensor) -> Any:
-        if self._parts is None:
+        if not self._levels:
             return z if self._flat else z.reshape(-1, *self.shape)
-        sizes = [part.numel() for part in self._parts]
-        return [p.reshape(-1, *s) for p, s in zip(z.split(sizes, 1), self._parts, strict=True)]
+        parts = z.split([math.prod(level) for level in self._levels], 1)
+        return [p.reshape(-1, *s) for p, s in zip(parts, self._levels, strict=True)]
 
-    def _changed(self, **values: Any) -> NormflowsManifold:
-        twin = copy.copy(self)
-        vars(twin).update(values)
-        return twin
+    def _check_conditional(self) -> None:
+        if not self._is_conditional:
+            raise ValueError("the model is not conditional: it takes no context.")
 
 
-class Decoder:
+class Decoder(_Adapter):
     """A generator whose latents are known, or an autoencoder.
 
     Images of a generator have the latents that made them, which come with the data: give those of
     a batch by :meth:`at`. An autoencoder finds its own, and misses the image by more than a flow
     does; the transforms re-add what it misses, so that no move is no change all the same.
+
+    Modules are copied, frozen and put into eval mode, as those of :class:`NormflowsManifold`; any
+    other callable is used as it is.
 
     Args:
         decode: Latents ``(B, *latent_shape)`` to images in [0, 1].
@@ -164,30 +214,66 @@ class Decoder:
         self.shape = shape
         self.latent_shape = latent_shape
         self.latent_dim = math.prod(latent_shape)
-        self._decode, self._encode = decode, encode
+        self._decode, self._encode = _frozen(decode), _frozen(encode)
+        self._latents: Tensor | None = None
 
     def at(self, latents: Tensor) -> Decoder:
-        """The same for a batch of images with these latents ``(B, *latent_shape)``."""
+        """The same for a batch of images with these latents ``(B, *latent_shape)``.
+
+        They belong to that very batch: attack it by :func:`ijsat_aug.functional.joint_space_adv`. A
+        transform would ask them about other batches, and with ``fraction`` about a part of one.
+        """
         if tuple(latents.shape[1:]) != tuple(self.latent_shape):
             raise ValueError(
                 f"latents must have shape (B, {', '.join(map(str, self.latent_shape))}), got "
                 f"{tuple(latents.shape)}."
             )
+        return self._changed(_latents=latents)
 
-        def known(x: Tensor) -> Tensor:
-            if len(x) != len(latents):
-                raise ValueError(f"{len(x)} images and {len(latents)} latents do not go together.")
-            return latents
-
-        return Decoder(self._decode, self.shape, self.latent_shape, known)
+    def of_samples(self, index: Tensor) -> Decoder:
+        """The same for some samples of the batch."""
+        return self if self._latents is None else self.at(self._latents[index])
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """The latents of images."""
+        if self._latents is not None:
+            if len(x) != len(self._latents):
+                raise ValueError(
+                    f"{len(x)} images and {len(self._latents)} latents do not go together."
+                )
+            return self._latents.flatten(1).detach()
         if self._encode is None:
             raise ValueError("a generator knows no latents of images: give them, .at(latents).")
-        return self._encode(x).flatten(1).detach()
+        return self._encode(_cast(x, self._encode)).flatten(1).detach().to(x.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents, differentiable."""
-        return self._decode(z.reshape(-1, *self.latent_shape))
+        return self._decode(_cast(z, self._decode).reshape(-1, *self.latent_shape)).to(z.dtype)
+
+
+def _frozen(function: F) -> F:
+    """A copy of a module that nobody trains; any other callable as it is."""
+    if not isinstance(function, nn.Module):
+        return function
+    return copy.deepcopy(function).eval().requires_grad_(False)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, nn.Module) and any(t.device != device for t in _tensors(value)):
+        return copy.deepcopy(value).to(device)
+    return value
+
+
+def _cast(value: Tensor, function: Any) -> Tensor:
+    """The value in the precision of a module."""
+    if not isinstance(function, nn.Module):
+        return value
+    kinds = (t.dtype for t in _tensors(function) if t.is_floating_point())
+    return value.to(next(kinds, value.dtype))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())

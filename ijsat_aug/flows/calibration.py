@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frozen import FrozenGlow
+from .manifold import Manifold
 from .probe import probe_network
 
-__all__ = ["calibrate", "matching_eta", "round_trip"]
+__all__ = ["calibrate", "matching_eta", "recommended_eta", "round_trip"]
 
 Norm = Literal["linf", "l2"]
 ETAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -21,8 +21,25 @@ RECOMMENDED_RMS = 8 / 255
 _WORST_STEPS = 5
 
 
+def recommended_eta(flow: Any, norm: Norm) -> float:
+    """The latent radius that the flow's calibration recommends: 8/255 of every pixel, about.
+
+    Example:
+        >>> import ijsat_aug
+        >>> round(recommended_eta(ijsat_aug.load_flow("digits"), "linf"), 3)
+        0.046
+    """
+    recommended = getattr(flow, "info", {}).get("calibration", {}).get("recommended", {})
+    if norm not in recommended:
+        raise ValueError(
+            "this flow has no calibrated radius: give eta=, such as "
+            f"ijsat_aug.flows.calibrate(flow, images)['recommended']['{norm}']."
+        )
+    return float(recommended[norm])
+
+
 def calibrate(
-    flow: FrozenGlow,
+    flow: Manifold,
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -38,7 +55,7 @@ def calibrate(
     move a latent value by ``eta`` on average.
 
     Args:
-        flow: The flow.
+        flow: Any manifold; a conditional one with the context of these images.
         images: Real images in [0, 1], some hundreds.
         labels: Their classes; without them the gradient is that of telling mirrored images apart.
         network: The classifier that gives the gradient; by default a small one is trained on
@@ -58,7 +75,7 @@ def calibrate(
     if not etas or min(etas) <= 0:
         raise ValueError(f"etas must be radii > 0, got {tuple(etas)}.")
     with torch.inference_mode(False):
-        images = images.to(flow.device, flow.dtype).clone()
+        images = _at_home(flow, images).clone()
         if network is None:
             network = probe_network(images, labels, seed)
         modes = {module: module.training for module in network.modules()}
@@ -70,7 +87,7 @@ def calibrate(
 
 
 def _table(
-    flow: FrozenGlow,
+    flow: Manifold,
     images: Tensor,
     labels: Tensor | None,
     network: nn.Module,
@@ -78,7 +95,7 @@ def _table(
     seed: int,
 ) -> dict[str, Any]:
     z = flow.encode(images)
-    targets = None if labels is None else labels.to(flow.device)
+    targets = None if labels is None else labels.to(images.device)
     directions = {
         "random": _random_direction(seed),
         "gradient": _gradient_direction(flow, network, images, targets),
@@ -129,7 +146,7 @@ def matching_eta(calibration: Mapping[str, Any], pixel_rms: float, norm: str = "
     return float(below_eta)
 
 
-def round_trip(flow: FrozenGlow, images: Tensor) -> dict[str, float]:
+def round_trip(flow: Manifold, images: Tensor) -> dict[str, float]:
     """Largest |decode(encode(x)) - x| on real, mixed, black, white and noise images.
 
     Example:
@@ -138,9 +155,9 @@ def round_trip(flow: FrozenGlow, images: Tensor) -> dict[str, float]:
         >>> max(errors.values()) < 1e-5
         True
     """
-    images = images.to(flow.device, flow.dtype)
-    generator = torch.Generator(flow.device).manual_seed(0)
-    noise = torch.rand(images.shape, generator=generator, device=flow.device, dtype=flow.dtype)
+    images = _at_home(flow, images)
+    generator = torch.Generator(images.device).manual_seed(0)
+    noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     kinds = {
         "real": images,
         "mixed": (images + images.roll(1, 0)) / 2,
@@ -164,9 +181,8 @@ def _random_direction(seed: int) -> Find:
 
 
 def _gradient_direction(
-    flow: FrozenGlow, network: nn.Module, images: Tensor, labels: Tensor | None
+    flow: Manifold, network: nn.Module, images: Tensor, labels: Tensor | None
 ) -> Find:
-    _, tape = flow.encode_with_tape(images)
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()
         logits = network(leaf)
@@ -174,7 +190,7 @@ def _gradient_direction(
         y = labels if labels is not None else torch.zeros(len(images), dtype=torch.long)
         loss = F.cross_entropy(logits, y.to(images.device), reduction="sum")
         (g,) = torch.autograd.grad(loss, leaf)
-    ascent = flow.vjp(tape, g)  # the same for every radius and norm
+    ascent = _pulled(flow, flow.encode(images), lambda _: g)  # for every radius and norm
 
     def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
         return _to_sphere(ascent, norm, radius)
@@ -182,19 +198,27 @@ def _gradient_direction(
     return find
 
 
-def _worst_direction(flow: FrozenGlow, seed: int) -> Find:
+def _worst_direction(flow: Manifold, seed: int) -> Find:
     start = _random_direction(seed)
 
     def find(x: Tensor, z: Tensor, norm: str, radius: float) -> Tensor:
         step = start(x, z, norm, radius)
         for _ in range(_WORST_STEPS):
-            moved, tape = flow.decode_with_tape(z + step)
-            away = (moved - x).nan_to_num(0.0, 0.0, 0.0)
-            g = flow.vjp(tape, away).nan_to_num(0.0, 0.0, 0.0)
+            g = _pulled(flow, z + step, lambda moved: (moved - x).nan_to_num(0.0, 0.0, 0.0))
+            g = g.nan_to_num(0.0, 0.0, 0.0)
             step = _to_sphere(g + 1e-20 * step, norm, radius)
         return step
 
     return find
+
+
+def _pulled(flow: Manifold, z: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient at ``z`` of a push on the image that ``z`` decodes to."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        image = flow.decode(leaf)
+        (g,) = torch.autograd.grad(image, leaf, push(image.detach()))
+    return g
 
 
 def _to_sphere(direction: Tensor, norm: str, radius: float) -> Tensor:
@@ -205,12 +229,12 @@ def _to_sphere(direction: Tensor, norm: str, radius: float) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    flow: FrozenGlow, images: Tensor, z: Tensor, find: Find, norm: str, radius: float
+    flow: Manifold, images: Tensor, z: Tensor, find: Find, norm: str, radius: float
 ) -> dict[str, float | None]:
     moved = flow.decode(z + find(images, z, norm, radius))
     finite = moved.isfinite().flatten(1).all(1)
     away = (moved - images)[finite].flatten(1)
-    half_level = 0.5 / (flow.config.bins - 1)
+    half_level = 0.5 / (getattr(getattr(flow, "config", None), "bins", 256) - 1)
     outside = ((moved < -half_level) | (moved > 1 + half_level))[finite]
     if not bool(finite.any()):
         return {"pixel_linf": None, "pixel_rms": None, "out_of_range": None, "non_finite": 1.0}
@@ -220,6 +244,12 @@ def _measure(
         "out_of_range": _rounded(outside.float().mean()),
         "non_finite": _rounded(1 - finite.float().mean()),
     }
+
+
+def _at_home(flow: Any, images: Tensor) -> Tensor:
+    """The images where the flow is, and in its precision, if it says so."""
+    device = getattr(flow, "device", images.device)
+    return images.to(device, getattr(flow, "dtype", images.dtype))
 
 
 def _rounded(value: Tensor) -> float:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .manifold import Manifold, TapedManifold
+from .manifold import Manifold, TapedManifold, as_manifold, needs_labels, of_samples
 
 __all__ = ["Pyramid", "Tiles", "at_size"]
+
+R = TypeVar("R", bound="_Resized")
 
 
 def at_size(flow: Manifold, size: tuple[int, int]) -> Manifold:
@@ -31,7 +35,58 @@ def at_size(flow: Manifold, size: tuple[int, int]) -> Manifold:
     return Pyramid(flow.flow if isinstance(flow, Pyramid) else flow, size)
 
 
-class Pyramid:
+class _Resized:
+    """What a flow of one size hands on to images of another."""
+
+    flow: Manifold
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of the images."""
+        return (self.flow.shape[0], *self.size)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the flow is another one for every class."""
+        return needs_labels(self.flow)
+
+    def to(self: R, device: torch.device | str | None = None, **options: Any) -> R:
+        """The same of the flow elsewhere; itself where nothing changes."""
+        flow: Any = self.flow
+        return self._of(flow.to(device, **options)) if hasattr(flow, "to") else self
+
+    def of_labels(self: R, labels: Tensor) -> R:
+        """The same of the flow of a batch with these labels."""
+        flow: Any = self.flow
+        return self._of(flow.of_labels(labels.repeat_interleave(self._per_image, 0)))
+
+    def of_samples(self: R, index: Tensor) -> R:
+        """The same for some samples of the batch."""
+        parts = torch.arange(self._per_image, device=index.device)
+        return self._of(of_samples(self.flow, (index[:, None] * self._per_image + parts).flatten()))
+
+    @property
+    def _per_image(self) -> int:
+        """Images of the flow in one of ours."""
+        return 1
+
+    def _of(self: R, flow: Manifold) -> R:
+        if flow is self.flow:
+            return self
+        twin = copy.copy(self)
+        twin.flow = flow
+        return twin
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"{type(self).__name__} takes images of shape (B, "
+                f"{', '.join(map(str, self.shape))}), got {tuple(x.shape)}."
+            )
+
+
+class Pyramid(_Resized):
     r"""The manifold of a flow on images of another size, through their low band.
 
     .. math:: x' = x + U(G(z + \lambda) - D x), \quad z = G^{-1}(D x)
@@ -54,13 +109,7 @@ class Pyramid:
     """
 
     def __init__(self, flow: Manifold, size: tuple[int, int]) -> None:
-        self.flow = flow
-        self.size = _checked(size)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(channels, height, width)`` of the images."""
-        return (self.flow.shape[0], *self.size)
+        self.flow, self.size = as_manifold(flow), _checked(size)
 
     @property
     def latent_dim(self) -> int:
@@ -85,42 +134,32 @@ class Pyramid:
         return x - self._up(self._down(x))
 
     def encode_with_tape(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The latent, and a tape for :meth:`vjp` at it."""
-        low = self._down(x)
-        if isinstance(self.flow, TapedManifold):
-            return self.flow.encode_with_tape(low)
-        z = self.flow.encode(low)
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            return z, (leaf, self.flow.decode(leaf))
+        """The latent, and a tape for :meth:`vjp` at it; of a flow that has one."""
+        return self._taped.encode_with_tape(self._down(x))
 
     def vjp(self, tape: Any, g: Tensor) -> Tensor:
         """The gradient ``g^T d decode(z) / dz`` where the tape was recorded."""
         with torch.enable_grad():
             low = torch.zeros(len(g), *self.flow.shape, dtype=g.dtype, device=g.device)
             (g_low,) = torch.autograd.grad(self._up(low.requires_grad_()), low, g)
-        if isinstance(self.flow, TapedManifold):
-            return self.flow.vjp(tape, g_low)
-        leaf, decoded = tape
-        at_latent: Tensor = torch.autograd.grad(decoded, leaf, g_low.to(decoded.dtype))[0]
-        return at_latent
-
-    def to(self, device: torch.device | str | None = None, **options: Any) -> Pyramid:
-        """The same of the flow elsewhere."""
-        flow: Any = self.flow
-        return Pyramid(flow.to(device, **options), self.size) if hasattr(flow, "to") else self
+        return self._taped.vjp(tape, g_low)
 
     def __repr__(self) -> str:
         return f"Pyramid({self.flow!r}, size={self.size})"
 
+    @property
+    def _taped(self) -> TapedManifold:
+        return self.flow  # type: ignore[return-value]
+
     def _down(self, x: Tensor) -> Tensor:
+        self._check(x)
         return _resample(x, self.flow.shape[1:])
 
     def _up(self, low: Tensor) -> Tensor:
         return _resample(low, self.size)
 
 
-class Tiles:
+class Tiles(_Resized):
     """The manifold of a flow on larger images, by overlapping tiles that are blended.
 
     All detail moves, at the price of the flow on every tile; ``decode`` of ``encode`` is the image.
@@ -140,7 +179,7 @@ class Tiles:
     """
 
     def __init__(self, flow: Manifold, size: tuple[int, int], overlap: int | None = None) -> None:
-        height, width = flow.shape[1:]
+        height, width = as_manifold(flow).shape[1:]
         overlap = min(height, width) // 4 if overlap is None else overlap
         if not 0 <= overlap < min(height, width):
             raise ValueError(f"overlap must be from 0 to {min(height, width) - 1}, got {overlap}.")
@@ -153,14 +192,10 @@ class Tiles:
         self.flow, self.size, self.overlap = flow, size, overlap
         rows, columns = _places(size[0], height, overlap), _places(size[1], width, overlap)
         self.places = [(i, j) for i in rows for j in columns]
+        self._weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.places)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(channels, height, width)`` of the images."""
-        return (self.flow.shape[0], *self.size)
 
     @property
     def latent_dim(self) -> int:
@@ -169,54 +204,68 @@ class Tiles:
 
     @property
     def info(self) -> Any:
-        """The flow's own; its calibrated radius moves every tile as far."""
-        return getattr(self.flow, "info", {})
+        """The flow's own, with L2 radii for all tiles of this size together.
+
+        A calibrated radius so moves every tile as far as the flow moves an image.
+        """
+        info: Mapping[str, Any] = getattr(self.flow, "info", {})
+        if not info.get("calibration"):
+            return info
+        return {**info, "calibration": _widened(info["calibration"], math.sqrt(len(self)))}
 
     def encode(self, x: Tensor) -> Tensor:
         """The latents of all tiles, one behind the other."""
+        self._check(x)
         height, width = self.flow.shape[1:]
         tiles = torch.stack([x[:, :, i : i + height, j : j + width] for i, j in self.places], 1)
-        return self.flow.encode(tiles.flatten(0, 1)).reshape(len(x), -1)
+        return self.flow.encode(tiles.flatten(0, 1)).reshape(len(x), self.latent_dim)
 
     def decode(self, z: Tensor) -> Tensor:
         """The tiles of a latent, blended."""
-        count = len(z)
-        tiles = self.flow.decode(z.reshape(count * len(self), -1))
-        tiles = tiles.unflatten(0, (count, len(self)))
+        tiles = self.flow.decode(z.reshape(len(z) * len(self), self.flow.latent_dim))
+        tiles = tiles.unflatten(0, (len(z), len(self)))
+        tiles = tiles * self._blending(tiles)
         height, width = self.flow.shape[1:]
-        image: Tensor = z.new_zeros(count, *self.shape, dtype=tiles.dtype)
+        image: Tensor = tiles.new_zeros(len(z), *self.shape)
         for k, (i, j) in enumerate(self.places):
-            weight = self._weights[k].to(tiles)
             around = (j, self.size[1] - j - width, i, self.size[0] - i - height)
-            image = image + F.pad(weight * tiles[:, k], around)
+            image = image + F.pad(tiles[:, k], around)
         return image
-
-    def to(self, device: torch.device | str | None = None, **options: Any) -> Tiles:
-        """The same of the flow elsewhere."""
-        flow: Any = self.flow
-        if not hasattr(flow, "to"):
-            return self
-        return Tiles(flow.to(device, **options), self.size, self.overlap)
 
     def __repr__(self) -> str:
         return f"Tiles({self.flow!r}, size={self.size}, overlap={self.overlap})"
 
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        """Of every tile: high in its middle; they sum to 1 everywhere."""
-        height, width = self.flow.shape[1:]
-        hat = _hat(height)[:, None] * _hat(width)
-        total = torch.zeros(self.size)
-        for i, j in self.places:
-            total[i : i + height, j : j + width] += hat
-        return [hat / total[i : i + height, j : j + width] for i, j in self.places]
+    @property
+    def _per_image(self) -> int:
+        return len(self)
+
+    def _blending(self, tiles: Tensor) -> Tensor:
+        """Weights of every tile ``(T, 1, H, W)``: high in its middle; they sum to 1 everywhere."""
+        if self._weights is None or self._weights.device != tiles.device:
+            height, width = self.flow.shape[1:]
+            with torch.inference_mode(False):
+                hat = _hat(height)[:, None] * _hat(width)
+                total = torch.zeros(self.size)
+                for i, j in self.places:
+                    total[i : i + height, j : j + width] += hat
+                shares = [hat / total[i : i + height, j : j + width] for i, j in self.places]
+                self._weights = torch.stack(shares)[:, None].to(tiles.device)
+        return self._weights.to(tiles.dtype)
 
 
 def _checked(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = size
-    if min(height, width) < 1:
-        raise ValueError(f"size is (height, width), both at least 1; got {size}.")
-    return int(height), int(width)
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if not (pair and all(isinstance(n, Integral) and n >= 1 for n in size)):
+        raise ValueError(f"size is (height, width), both at least 1; got {size!r}.")
+    return int(size[0]), int(size[1])
+
+
+def _widened(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A calibration whose L2 radii are ``factor`` times as wide."""
+    rows = [{**row, "eta": factor * row["eta"]} for row in table.get("l2", ())]
+    recommended = dict(table["recommended"])
+    recommended["l2"] = factor * recommended["l2"]
+    return {**table, "l2": rows, "recommended": recommended}
 
 
 def _resample(x: Tensor, size: tuple[int, ...]) -> Tensor:

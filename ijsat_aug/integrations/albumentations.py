@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..transforms.structure import LabelsGetter, take_apart
+from ..transforms.structure import LabelsGetter, geometry_in, take_apart
 
 __all__ = ["BatchPipeline"]
 
@@ -16,16 +16,19 @@ __all__ = ["BatchPipeline"]
 class BatchPipeline(nn.Module):
     """Applies an ``A.Compose`` to every image of a tensor batch, on the CPU.
 
-    It stands before or after our transforms in ``v2.Compose`` and takes the same kinds of batches.
-    The compose gets ``(H, W, C)`` arrays: of 8-bit images as they are, of floating ones in float32,
-    or in 8 bits where ``as_uint8`` says so, because some of albumentations' transforms want that.
-    Images come back on their device, in their precision, and must have one size. After ``eval()``
-    it is the identity, as our transforms are.
+    It stands before or after our transforms in ``v2.Compose`` and takes the same kinds of batches,
+    but for masks, boxes and keypoints, which it would leave where they were. The compose gets
+    ``(H, W, C)`` arrays: of 8-bit images as they are, of floating ones in float32, or in 8 bits
+    where ``as_uint8`` says so, because some of albumentations' transforms want that. Images come
+    back on their device, in their precision and memory format, and must have one size; 8-bit ones
+    that the compose made floating, as ``A.ToFloat`` and ``A.Normalize`` do, in float32. After
+    ``eval()`` it is the identity, as our transforms are.
 
     Args:
         compose: From albumentations or AlbumentationsX; a last ``ToTensorV2`` may stay.
         as_uint8: Round images of [0, 1] to 8 bits for the compose, and divide by 255 afterwards.
-        seed: Of the compose, whose own draws go on from there.
+        seed: Of the compose, whose draws go on from there; by default albumentations seeds them in
+            its own way, whatever the seed of torch is.
         labels_getter: Where the labels are, which stay as they are.
 
     Example:
@@ -58,6 +61,11 @@ class BatchPipeline(nn.Module):
         """The batch with other images."""
         if not self.training:
             return batch[0] if len(batch) == 1 else batch
+        if beside := geometry_in(batch):
+            raise ValueError(
+                f"BatchPipeline moves images alone, and the batch has {', '.join(beside)}: apply "
+                "the compose to each sample in the dataset, or use torchvision's v2 or kornia."
+            )
         parts = take_apart(batch, self.labels_getter)
         return parts.rebuild(self._augment(parts.images), parts.labels)
 
@@ -72,9 +80,19 @@ class BatchPipeline(nn.Module):
                 "resize or a crop."
             )
         new = torch.stack(found) if found else images
+        if not (new.is_floating_point() or new.dtype == torch.uint8):
+            raise TypeError(
+                f"the compose returned {new.dtype} images: let it end in 8-bit or floating ones."
+            )
+        dtype = images.dtype
         if new.dtype == torch.uint8 and images.is_floating_point():
             new = new / 255
-        return new.to(images.device, images.dtype).as_subclass(type(images))
+        elif new.is_floating_point() and not images.is_floating_point():
+            dtype = torch.float32
+        new = new.to(images.device, dtype)
+        if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+            new = new.contiguous(memory_format=torch.channels_last)
+        return new.as_subclass(type(images))
 
     def extra_repr(self) -> str:
         """The compose."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import kornia.augmentation as K
 import torch
@@ -12,6 +12,7 @@ from kornia.constants import DataKey
 from torch import nn
 
 from ..transforms.batch import BatchTransform
+from ..transforms.checks import check_blendable, check_one_weight
 from ..transforms.robust_mixup import RobustMixup
 
 __all__ = ["AugmentationSequential"]
@@ -24,13 +25,15 @@ _GEOMETRY = (
 class AugmentationSequential(K.AugmentationSequential):
     """kornia's ``AugmentationSequential``, in which our transforms may stand anywhere.
 
-    Ours get the image and the ``"class"`` key together; all other children, ``random_apply``,
+    Ours get the image and the ``"class"`` key together (of a dictionary, kornia reads ``class`` and
+    ``label``; newer versions pass ``labels`` by); all other children, ``random_apply``,
     ``data_keys``, dictionaries and the replay of ``params`` are kornia's own. Masks, boxes and
     keypoints pass :class:`~ijsat_aug.JointSpaceAdv` unchanged. ``same_on_batch=True`` gives all
     samples of a :class:`~ijsat_aug.RobustMixup` the same mixing weight.
 
-    In kornia's own containers, which hand over the image alone, our transforms attack the model's
-    own predictions.
+    kornia's own containers hand over the image alone, also around this one: there,
+    :class:`~ijsat_aug.JointSpaceAdv` attacks the model's own predictions, anew in every replay, and
+    :class:`~ijsat_aug.RobustMixup`, which needs labels, refuses.
 
     Args:
         *args: kornia augmentations and ours.
@@ -55,28 +58,50 @@ class AugmentationSequential(K.AugmentationSequential):
     def __init__(self, *args: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.transform_op = _JointOps(self.data_keys)
+        others = [child for child in self.children() if not _is_ours(child)]
+        if any(_is_ours(module) for child in others for module in child.modules()):
+            raise ValueError(
+                "one of our transforms stands inside another module, which would keep the labels "
+                "from it: make it a direct child of the outermost container."
+            )
         if any(module.mode == "append" for module in self.children() if _is_ours(module)):
             raise ValueError(
                 'mode="append" changes the size of the batch, for which kornia has drawn its '
                 "parameters: apply that transform behind the container."
             )
-
-    def update_attribute(
-        self, same_on_batch: bool | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        """Hand ``same_on_batch`` and ``keepdim`` on to the children."""
-        super().update_attribute(same_on_batch, *args, **kwargs)
-        if same_on_batch is not None:
-            for module in self.children():
-                if isinstance(module, RobustMixup):
-                    module.per_sample = not same_on_batch
+        self._of_one_weight()
 
     def forward_parameters(self, batch_shape: torch.Size) -> list[ParamItem]:
-        """What kornia draws, and an empty place for what ours draw when they see the batch."""
+        """What kornia draws, and a place for what ours draw when they see the batch."""
         params = super().forward_parameters(batch_shape)
-        return [
-            ParamItem(p.name, {}) if _is_ours(self.get_submodule(p.name)) else p for p in params
-        ]
+        return [_Place(p.name, None) if _is_ours(self.get_submodule(p.name)) else p for p in params]
+
+    def forward(
+        self, *args: Any, params: list[ParamItem] | None = None, data_keys: Any = None
+    ) -> Any:
+        """The batch, augmented; see kornia."""
+        mixups = self._of_one_weight()
+        own = [mixup.per_sample for mixup in mixups]
+        try:
+            for mixup in mixups:
+                mixup.per_sample = False
+            return super().forward(*args, params=params, data_keys=data_keys)
+        finally:
+            for mixup, per_sample in zip(mixups, own, strict=True):
+                mixup.per_sample = per_sample
+
+    def _of_one_weight(self) -> list[RobustMixup]:
+        """The children that ``same_on_batch`` is for, if they allow it."""
+        mixups = [m for m in self.children() if isinstance(m, RobustMixup) and self.same_on_batch]
+        for mixup in mixups:
+            check_one_weight(mixup.draws, mixup.mix.lam_steps)
+        return mixups
+
+
+class _Place(ParamItem):
+    """No parameters, for kornia, and what one of ours drew."""
+
+    drawn: Any = ...
 
 
 class _JointOps(AugmentationSequentialOps):
@@ -88,31 +113,33 @@ class _JointOps(AugmentationSequentialOps):
         outputs = list(arg)
         if module.training:
             _check_keys(module, keys)
-            place = keys.index(DataKey.INPUT)
+        if module.training and DataKey.INPUT in keys:
+            place = param if isinstance(param, _Place) else _Place(*param)
+            image = keys.index(DataKey.INPUT)
             label = keys.index(DataKey.CLASS) if DataKey.CLASS in keys else None
-            drawn: Any = param.data
-            images, labels, found = module.augment(
-                arg[place],
-                None if label is None else arg[label],
-                drawn.get("drawn", ...),
+            outputs[image], labels, place.drawn = module.augment(
+                arg[image], None if label is None else arg[label], place.drawn
             )
-            drawn["drawn"] = found
-            outputs[place] = images
             if label is not None:
                 outputs[label] = labels
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_ours(module: nn.Module) -> TypeGuard[BatchTransform]:
     return isinstance(module, BatchTransform)
 
 
 def _check_keys(module: BatchTransform, keys: list[DataKey]) -> None:
-    if DataKey.INPUT not in keys:
-        raise ValueError(f"{type(module).__name__} needs the image: data_keys must have 'input'.")
-    beside = [key.name.lower() for key in keys if key in _GEOMETRY]
-    if beside and isinstance(module, RobustMixup):
+    if keys.count(DataKey.INPUT) > 1:
         raise ValueError(
-            f"RobustMixup blends images, and blends of {', '.join(beside)} have no meaning: leave "
-            "these keys out, or use JointSpaceAdv, which keeps them."
+            f"{type(module).__name__} takes one image of each sample, and there are "
+            f"{keys.count(DataKey.INPUT)} keys of images: call the container once for each."
+        )
+    if not isinstance(module, RobustMixup):
+        return
+    check_blendable([key.name.lower() for key in keys if key in _GEOMETRY])
+    if keys.count(DataKey.INPUT) != 1 or keys.count(DataKey.CLASS) != 1:
+        raise ValueError(
+            "RobustMixup needs labels with the image: data_keys, or the keys of a dictionary, must "
+            "have 'input' and 'class', once each."
         )

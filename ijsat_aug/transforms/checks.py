@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ..flows.manifold import Manifold
+from ..flows.checkpoint import load_flow
+from ..flows.manifold import Manifold, as_manifold
 from ..flows.registry import image_sizes
 
 __all__ = [
+    "check_blendable",
     "check_channels",
     "check_flow",
     "check_images",
     "check_manifold",
+    "check_one_weight",
     "check_place",
     "check_start",
     "check_weights",
+    "find_flow",
 ]
 
 
@@ -42,16 +48,27 @@ def check_images(images: Any) -> None:
         )
 
 
+def check_blendable(beside: Sequence[str]) -> None:
+    """No masks, boxes or keypoints beside images that are blended."""
+    if beside:
+        raise ValueError(
+            f"RobustMixup blends images, and blends of {', '.join(beside)} have no meaning: leave "
+            "them out of the batch, or use JointSpaceAdv, which keeps them."
+        )
+
+
+def find_flow(flow: Manifold | str | PathLike[str] | None) -> Manifold | None:
+    """A flow, also by what :func:`ijsat_aug.load_flow` takes."""
+    if isinstance(flow, (str, PathLike)):
+        return load_flow(Path(flow) if isinstance(flow, PathLike) else flow)
+    return flow
+
+
 def check_manifold(flow: Any) -> Manifold:
     """A flow."""
     if flow is None:
         raise ValueError("a latent move needs a flow: pass one, or eta=0 for pixels alone.")
-    if not isinstance(flow, Manifold):
-        raise TypeError(
-            f"flow must have shape, latent_dim, encode and decode, got {type(flow).__name__}; "
-            'load one with ijsat_aug.load_flow("cifar10").'
-        )
-    return flow
+    return as_manifold(flow)
 
 
 def check_channels(flow: Manifold | None, images: Tensor) -> Manifold:
@@ -101,6 +118,15 @@ def check_weights(lam: Tensor | float, images: Tensor, *, values: bool) -> Tenso
     if values and weights.numel() and not bool(((weights >= 0) & (weights <= 1)).all()):
         raise ValueError("lam is the weight of the own image, from 0 to 1.")
     return weights.expand(count)[None] if weights.ndim < 2 else weights
+
+
+def check_one_weight(draws: int, lam_steps: int) -> None:
+    """One weight for the whole batch only where nothing chooses among them."""
+    if draws > 1 or lam_steps > 0:
+        raise ValueError(
+            "per_sample=False is one weight for the batch; draws and lam_steps choose one for "
+            "each sample."
+        )
 
 
 def check_place() -> None:

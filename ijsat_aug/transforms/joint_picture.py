@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attack.ascent import Values
 from ..attack.clip import clip
-from ..flows.manifold import Manifold, TapedManifold
+from ..flows.manifold import Manifold, TapedManifold, has_tape, of_samples
 from ..flows.pyramid import Pyramid
 
 __all__ = ["JointPicture", "exact", "linear"]
@@ -23,13 +23,21 @@ class JointPicture:
     """``clip(clip(G(latent) + r) + pixel)``; the flow is called once for each latent.
 
     ``r`` is what the flow's round trip loses of the clean image. Without it, the first latent must
-    be the clean image's, which then tells it.
+    be the clean image's, which then tells it. ``first`` stands for the flow's decode at the first
+    latent.
     """
 
-    def __init__(self, clean: Tensor, decode: Decode, residual: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        clean: Tensor,
+        flow: Manifold,
+        residual: Tensor | None = None,
+        first: Decode | None = None,
+    ) -> None:
         self._clean = clean
-        self._decode = decode
+        self._flow = flow
         self._residual = residual
+        self._decode = first or flow.decode
         self._latent: Tensor | None = None
         self._base = clean
 
@@ -43,12 +51,13 @@ class JointPicture:
                 self._residual = (self._clean - decoded).detach()
             self._base = clip(decoded + self._residual)
             self._latent = latent
+            self._decode = self._flow.decode
         return clip(self._base + values["pixel"]) if "pixel" in values else self._base
 
     def take(self, index: Tensor) -> JointPicture:
         """The same for some samples."""
         residual = None if self._residual is None else self._residual[index]
-        return JointPicture(self._clean[index], self._decode, residual)
+        return JointPicture(self._clean[index], of_samples(self._flow, index), residual)
 
 
 def exact(flow: Manifold, clean: Tensor, *, zero_start: bool) -> tuple[Tensor, JointPicture]:
@@ -56,10 +65,10 @@ def exact(flow: Manifold, clean: Tensor, *, zero_start: bool) -> tuple[Tensor, J
     with full_precision(clean.device):
         z = flow.encode(clean).to(clean.dtype)
     if zero_start:
-        return z, JointPicture(clean, flow.decode)
+        return z, JointPicture(clean, flow)
     with torch.no_grad(), full_precision(clean.device):
         residual = clean - flow.decode(z).to(clean.dtype)
-    return z, JointPicture(clean, flow.decode, residual)
+    return z, JointPicture(clean, flow, residual)
 
 
 def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
@@ -68,14 +77,15 @@ def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
     Where the flow has a tape, the residual is what it says itself that it leaves out. The error of
     its round trip, below 1e-5 in float32, would cost a decode of its own.
     """
-    if isinstance(flow, TapedManifold):
+    if not has_tape(flow):
+        return exact(flow, clean, zero_start=True)
+    with full_precision(clean.device):
         z, tape = flow.encode_with_tape(clean)
         rest = flow.rest(clean) if isinstance(flow, Pyramid) else torch.zeros_like(clean)
-        first = clean - rest
-        decode = _Once(lambda latent: _CleanImage.apply(latent, first, flow, tape), flow.decode)
-        return z.to(clean.dtype), JointPicture(clean, decode, rest)
-    with full_precision(clean.device):
-        return flow.encode(clean).to(clean.dtype), JointPicture(clean, flow.decode)
+    low = clean - rest
+    return z.to(clean.dtype), JointPicture(
+        clean, flow, rest, first=lambda latent: _CleanImage.apply(latent, low, flow, tape)
+    )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -83,18 +93,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-class _Once:
-    """One function for the first call, another for all later ones."""
-
-    def __init__(self, first: Decode, later: Decode) -> None:
-        self._first: Decode | None = first
-        self._later = later
-
-    def __call__(self, latent: Tensor) -> Tensor:
-        call, self._first = self._first or self._later, None
-        return call(latent)
 
 
 class _CleanImage(torch.autograd.Function):
@@ -108,4 +106,5 @@ class _CleanImage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         tape, ctx.tape = ctx.tape, None
-        return ctx.flow.vjp(tape, g).to(g.dtype), None, None, None
+        with full_precision(g.device):
+            return ctx.flow.vjp(tape, g).to(g.dtype), None, None, None

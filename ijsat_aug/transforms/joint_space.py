@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,10 +15,11 @@ from ..attack.ascent import Deferred
 from ..attack.balls import BALLS, Norm, unit_ball
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
-from ..flows.manifold import Manifold
-from ..flows.pyramid import at_size
+from ..flows.calibration import recommended_eta
+from ..flows.manifold import Manifold, needs_labels, on_device
+from ..flows.pyramid import Tiles, at_size
 from .batch import BatchTransform
-from .checks import check_channels, check_manifold
+from .checks import check_channels, check_manifold, find_flow
 from .climb import climb
 from .labels import as_target
 from .structure import LabelsGetter
@@ -45,6 +45,7 @@ class JointSpaceAdv(BatchTransform):
             exactly as it was. It may come later, by ``bind``.
         flow: From :func:`ijsat_aug.load_flow`, or its argument. It follows the batch's device, and
             on images of another size it moves their low band: see :class:`ijsat_aug.flows.Pyramid`.
+            One that needs labels gets those of the batch.
         eps: Radius of delta, in [0, 1] pixels.
         eta: Radius of lambda, in standard deviations of the latents; by default what the flow's
             calibration recommends, a move of about 8/255 of every pixel (root mean square).
@@ -140,7 +141,8 @@ class JointSpaceAdv(BatchTransform):
         if target == "random" and not targeted:
             raise ValueError('target="random" is a class to approach: set targeted=True.')
         # In a tuple, so that a flow that is a module is no submodule either.
-        self._flow = (_load(flow) if isinstance(flow, (str, PathLike)) else flow,)
+        self._flow = (find_flow(flow),)
+        self._fit: tuple[Any, Manifold | None] = (None, None)
         self.threat = Threat(
             eps=eps, eta=_radius(eta, self.flow, latent_norm), norm=norm, latent_norm=latent_norm,
             steps=steps, step_size=step_size, latent_step_size=latent_step_size, update=update,
@@ -167,6 +169,8 @@ class JointSpaceAdv(BatchTransform):
             flow = check_channels(self.flow, images)
             if tuple(flow.shape[1:]) != tuple(images.shape[2:]):
                 self._tell_once(flow, images)
+            if needs_labels(flow):
+                self._classes(images, labels)
         self._labels(images, labels)
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
@@ -196,7 +200,9 @@ class JointSpaceAdv(BatchTransform):
 
     def transform(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Tensor, Any]:
         """The attacked images; the labels as they are."""
-        flow = self._fitted(images) if self.threat.moves_latent else None
+        flow: Any = self._fitted(images) if self.threat.moves_latent else None
+        if needs_labels(flow):
+            flow = flow.of_labels(self._classes(images, labels))
         target = self._labels(images, labels)
         starts = {k: v for k, v in params.items() if k != "other"}
         outcome = climb(
@@ -225,19 +231,32 @@ class JointSpaceAdv(BatchTransform):
         return ", ".join([super().extra_repr(), *words])
 
     def _fitted(self, images: Tensor) -> Manifold:
-        """The flow on the batch's device, and at its size."""
-        self._flow = (_on(self.flow, images.device),)
-        return at_size(check_manifold(self.flow), (images.shape[2], images.shape[3]))
+        """The flow on the batch's device, and at its size; the same while these stay."""
+        place = (images.device, (images.shape[2], images.shape[3]))
+        if self._fit[0] != place:
+            flow = on_device(check_manifold(self.flow), images.device)
+            self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
+        return check_manifold(self._fit[1])
 
     def _tell_once(self, flow: Manifold, images: Tensor) -> None:
         if not self._told:
             self._told = True
             one, two = ("x".join(map(str, s)) for s in (flow.shape[1:], images.shape[2:]))
-            warnings.warn(
-                f"the flow takes images of {one}, the batch has {two}: their low band moves on its "
-                "manifold, finer detail stays (ijsat_aug.flows.Pyramid; Tiles moves it too).",
-                stacklevel=2,
+            then = (
+                "as many tiles move as cover it (ijsat_aug.flows.Tiles)."
+                if isinstance(flow, Tiles)
+                else "their low band moves on its manifold, finer detail stays "
+                "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
             )
+            warnings.warn(
+                f"the flow takes images of {one}, the batch has {two}: {then}", stacklevel=2
+            )
+
+    def _classes(self, images: Tensor, labels: Any) -> Tensor:
+        """What a conditional flow gets to know."""
+        if labels is None:
+            raise ValueError("the flow needs the labels of the batch, which has none.")
+        return as_target(labels, len(images), values=self.careful(images))
 
     def _labels(self, images: Tensor, labels: Any) -> Tensor | None:
         """What the loss is measured against, of the labels that came."""
@@ -268,17 +287,6 @@ def _other(labels: Tensor | None, draw: Tensor) -> Deferred:
     return Deferred(choose)
 
 
-def _load(source: str | PathLike[str]) -> Manifold:
-    from ..flows.checkpoint import load_flow
-
-    return load_flow(Path(source) if isinstance(source, PathLike) else source)
-
-
-def _on(flow: Manifold | None, device: torch.device) -> Any:
-    move = getattr(flow, "to", None)
-    return flow if move is None else move(device)
-
-
 def _radius(eta: float | None, flow: Manifold | None, norm: Norm) -> float:
     if norm not in BALLS:
         return 0.0  # Threat tells what is wrong
@@ -286,10 +294,4 @@ def _radius(eta: float | None, flow: Manifold | None, norm: Norm) -> float:
         return eta
     if flow is None:
         raise ValueError("a latent move needs a flow: pass one, or eta=0 for pixels alone.")
-    recommended = getattr(flow, "info", {}).get("calibration", {}).get("recommended", {})
-    if norm not in recommended:
-        raise ValueError(
-            "this flow has no calibrated radius: give eta=, or calibrate it with "
-            "ijsat_aug.flows.calibrate."
-        )
-    return float(recommended[norm])
+    return recommended_eta(flow, norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 from ..attack.balls import Norm
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
-from ..flows.manifold import Manifold
+from ..flows.manifold import Manifold, on_device
 from .batch import BatchTransform
 from .blend import Space
-from .checks import check_flow
+from .checks import check_blendable, check_flow, check_manifold, check_one_weight, find_flow
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
-from .structure import LabelsGetter
+from .structure import LabelsGetter, geometry_in
 
 __all__ = ["RobustMixup"]
 
@@ -60,7 +61,7 @@ class RobustMixup(BatchTransform):
         order: ``"mix-attack"``, or ``"attack-mix"`` (IAT): attacked images are mixed.
         space: Where images are mixed: ``"pixel"``, or with ``flow`` ``"latent"`` and
             ``"spherical"``.
-        flow: For mixing in latent space.
+        flow: For mixing in latent space: as of :class:`JointSpaceAdv`, of the images' size.
         label: ``"linear"`` in the weight, or ``"geometric"``: where the attacked blend lies.
         p: Probability that a batch is mixed.
         fraction: Share of the samples that is mixed, among themselves.
@@ -108,7 +109,7 @@ class RobustMixup(BatchTransform):
         draws: int = 1,
         order: Literal["mix-attack", "attack-mix"] = "mix-attack",
         space: Space = "pixel",
-        flow: Manifold | None = None,
+        flow: Manifold | str | PathLike[str] | None = None,
         label: Literal["linear", "geometric"] = "linear",
         p: float = 1.0,
         fraction: float = 1.0,
@@ -141,13 +142,12 @@ class RobustMixup(BatchTransform):
         )  # fmt: skip
         if space != "pixel" and flow is None:
             raise ValueError(f"space={space!r} needs a flow.")
-        self._flow = (flow,)
+        self._flow = (find_flow(flow),)
+        if space != "pixel":
+            check_manifold(self._flow[0])
         self.num_classes, self.alpha, self.per_sample = num_classes, alpha, per_sample
-        if not per_sample and (draws > 1 or lam_steps > 0):
-            raise ValueError(
-                "per_sample=False is one weight for the batch; draws and lam_steps choose one for "
-                "each sample."
-            )
+        if not per_sample:
+            check_one_weight(draws, lam_steps)
         self.draws = draws
         own = {
             "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
@@ -182,6 +182,12 @@ class RobustMixup(BatchTransform):
             self.attack.bind(model)
         return super().bind(model)
 
+    def forward(self, *batch: Any) -> Any:
+        """The batch with attacked blends and their labels."""
+        if self.training:
+            check_blendable(geometry_in(batch))
+        return super().forward(*batch)
+
     def check(self, images: Tensor, labels: Any) -> None:
         """Refuse a bad batch before anything runs."""
         super().check(images, labels)
@@ -193,6 +199,12 @@ class RobustMixup(BatchTransform):
 
     def as_labels(self, images: Tensor, labels: Any) -> Tensor:
         """Labels as probabilities."""
+        if labels is None:
+            raise ValueError(
+                "mixup needs labels: call it with (images, labels), or tell labels_getter= where "
+                "they are in the batch; inside kornia, ijsat_aug.integrations.kornia."
+                'AugmentationSequential hands them over, with "class" among its data_keys.'
+            )
         return soft_labels(labels, len(images), self.num_classes, values=self.careful(images))
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
@@ -219,7 +231,7 @@ class RobustMixup(BatchTransform):
     ) -> tuple[Tensor, Tensor]:
         """The attacked blends and their labels."""
         if self.mix.space != "pixel":
-            self._flow = (_on(self._flow[0], images.device),)
+            self._flow = (on_device(check_manifold(self._flow[0]), images.device),)
         mixed, targets, facts = mix_batch(
             images, labels, params["lam"], self.mix,
             attack=self._call(params.get("attack")), handle=self.handle, flow=self._flow[0],
@@ -269,7 +281,3 @@ def _check_attack(attack: AnyAttack, own: dict[str, Any]) -> None:
             f"{', '.join(ignored)} belong to the built-in attack; give them to the one that you "
             "pass as attack=."
         )
-
-
-def _on(flow: Any, device: torch.device) -> Any:
-    return flow.to(device) if hasattr(flow, "to") else flow

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["LabelsGetter", "Parts", "take_apart"]
+__all__ = ["LabelsGetter", "Parts", "geometry_in", "take_apart"]
 
 LabelsGetter = Callable[[Any], Any] | str | None
 
 _IMAGES = ("image", "images", "pixel_values", "img", "imgs", "input", "inputs", "x")
 _LABELS = ("labels", "label", "targets", "target", "class", "y")
+_GEOMETRY = ("mask", "masks", "box", "boxes", "bbox", "bboxes", "keypoints")
+_TV_GEOMETRY = ("Mask", "BoundingBoxes", "KeyPoints")  # of torchvision, which need not be imported
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,23 @@ def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
     if isinstance(only, (tuple, list)) and only:
         return _sequence(only, _maker(only), labels_getter)
     return Parts(only, None, lambda images, labels: images)
+
+
+def geometry_in(batch: Any) -> list[str]:
+    """The masks, boxes and keypoints of a batch, by key or type.
+
+    Example:
+        >>> geometry_in(({"image": "x", "mask": "m", "label": "y"},))
+        ['mask']
+    """
+    if isinstance(batch, Mapping):
+        named = {key: str(key) for key in batch if str(key).lower() in _GEOMETRY}
+        rest = [value for key, value in batch.items() if key not in named]
+        return [*named.values(), *geometry_in(rest)]
+    if isinstance(batch, (tuple, list)):
+        return [name for item in batch for name in geometry_in(item)]
+    kind = type(batch).__name__
+    return [kind] if kind in _TV_GEOMETRY else []
 
 
 def _sequence(

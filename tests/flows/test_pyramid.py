@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.attack.model import ModelHandle
-from ijsat_aug.flows import Pyramid, Tiles
+from ijsat_aug.flows import Decoder, Pyramid, Tiles
 from ijsat_aug.flows.pyramid import at_size
 from ijsat_aug.functional import joint_space_adv
 
@@ -32,18 +32,12 @@ def classifier(size: tuple[int, int], channels: int = 1) -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-class Untaped:
-    """A flow with nothing but the protocol."""
-
-    def __init__(self, flow) -> None:
-        self._flow = flow
-        self.shape, self.latent_dim = flow.shape, flow.latent_dim
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self._flow.encode(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self._flow.decode(z)
+def autoencoder() -> Decoder:
+    """A manifold without tape that misses the image by far."""
+    torch.manual_seed(1)
+    encode = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+    decode = nn.Sequential(nn.Linear(12, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)))
+    return Decoder(decode, (1, 8, 8), (12,), encode=encode)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -76,15 +70,46 @@ def test_tiles_are_the_image(size, overlap, flow, photographs) -> None:
     assert all(b - a <= 8 - tiles.overlap for a, b in pairwise(rows))
 
 
-@pytest.mark.parametrize("make", [Pyramid, lambda f, s: Pyramid(Untaped(f), s)])
-def test_the_tape_gives_the_gradient_of_decode(make, flow, photographs) -> None:
+def test_the_tape_gives_the_gradient_of_decode(flow, photographs) -> None:
     x = pictures(photographs, (20, 13))
-    pyramid = make(flow, (20, 13))
+    pyramid = Pyramid(flow, (20, 13))
     z, tape = pyramid.encode_with_tape(x)
     g = torch.randn_like(x)
     leaf = z.clone().requires_grad_()
     (expected,) = torch.autograd.grad(pyramid.decode(leaf), leaf, g)
     assert torch.allclose(pyramid.vjp(tape, g), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_tiles_fade_into_each_other(flow, photographs) -> None:
+    """Where two overlap, the move of each loses weight towards its own edge: there is no seam."""
+    x = pictures(photographs, (8, 14))
+    tiles = Tiles(flow, (8, 14))
+    z = tiles.encode(x)
+    step = torch.cat([0.3 * torch.randn(4, 64), torch.zeros(4, 64)], 1)
+    alone = flow.decode((z + step)[:, :64]) - flow.decode(z[:, :64])
+    blended = tiles.decode(z + step) - tiles.decode(z)
+    left, right = ((blended[..., j] / alone[..., j]).median() for j in (6, 7))
+    assert left == pytest.approx(2 / 3, abs=1e-3)
+    assert right == pytest.approx(1 / 3, abs=1e-3)
+    assert torch.allclose(blended[..., :6], alone[..., :6], atol=1e-5)
+    assert blended[..., 8:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda flow: Pyramid(flow, (20, 13)),
+        lambda flow: Pyramid(autoencoder(), (20, 13)),
+        lambda flow: Tiles(flow, (20, 13)),
+        lambda flow: Tiles(autoencoder(), (20, 13)),
+    ],
+)
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_a_linear_step_of_nothing_is_the_image(make, amp_dtype, flow, photographs) -> None:
+    x, y = pictures(photographs, (20, 13)), torch.arange(4)
+    options = {"method": "linear", "random_start": False, "amp_dtype": amp_dtype}
+    adv = JointSpaceAdv(classifier((20, 13)), make(flow), eps=0, eta=1e-7, **options)
+    assert (adv(x, y)[0] - x).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("kind", [Pyramid, Tiles])
@@ -141,20 +166,83 @@ def test_the_attack_picks_a_pyramid_and_says_so_once(flow, photographs) -> None:
     assert (t.sum(1) - 1).abs().max() < 1e-6
 
 
+def test_tiles_of_another_size_are_laid_anew_and_said_so(flow, photographs) -> None:
+    adv = JointSpaceAdv(classifier((20, 13)), Tiles(flow, (16, 16)))
+    with pytest.warns(UserWarning, match=r"16x16, the batch has 20x13: as many tiles move"):
+        adv(pictures(photographs, (20, 13)), torch.arange(4))
+    assert adv.last["latent_norm"].max() > 0
+
+
+def test_what_was_fitted_stays_while_device_and_size_do(flow, photographs) -> None:
+    tiles = Tiles(flow, (16, 16))
+    adv = JointSpaceAdv(classifier((16, 16)), tiles)
+    seen = [adv._fitted(pictures(photographs, size)) for size in [(16, 16)] * 2 + [(20, 13)] * 2]
+    assert seen[0] is seen[1] is adv.flow is tiles
+    assert seen[2] is seen[3]
+    assert seen[2].shape == (1, 20, 13)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_calibrated_radius_moves_tiles_as_far_as_images(norm, flow, network, digits) -> None:
+    """Four digits in one picture, and the digits alone."""
+    network.eval()
+    y = torch.arange(16) % 10
+    four = digits[:64].reshape(2, 2, 16, 1, 8, 8).permute(2, 3, 0, 4, 1, 5).reshape(16, 1, 16, 16)
+
+    def each(x: Tensor) -> Tensor:
+        return sum(network(part) for half in x.chunk(2, 2) for part in half.chunk(2, 3))
+
+    def rms(model, flow, x: Tensor) -> float:
+        adv = JointSpaceAdv(model, flow, eps=0, latent_norm=norm, random_start=False)
+        moved, _ = adv(x, y)
+        return (moved - x).square().mean((1, 2, 3)).sqrt().median().item()
+
+    alone = rms(network, flow, digits[:16])
+    assert rms(each, Tiles(flow, (16, 16), 0), four) == pytest.approx(alone, rel=0.3)
+    assert rms(each, Tiles(flow, (16, 16)), four) == pytest.approx(alone, rel=0.3)
+    rows = [f.info["calibration"][norm][0]["eta"] for f in (flow, Tiles(flow, (16, 16), 0))]
+    assert rows[1] == pytest.approx(rows[0] * (2 if norm == "l2" else 1))
+    assert "calibration" not in Tiles(autoencoder(), (16, 16)).info
+
+
+@pytest.mark.parametrize("kind", [Pyramid, Tiles])
+def test_no_images_at_all(kind, flow) -> None:
+    resized = kind(flow, (20, 13))
+    z = resized.encode(torch.zeros(0, 1, 20, 13))
+    assert z.shape == (0, resized.latent_dim)
+    assert resized.decode(z).shape == (0, 1, 20, 13)
+
+
+def test_weights_of_inference_mode_do_not_stay(flow, photographs) -> None:
+    x, tiles = pictures(photographs, (16, 16)), Tiles(flow, (16, 16))
+    with torch.inference_mode():
+        z = tiles.encode(x)
+        tiles.decode(z)
+    leaf = z.clone().requires_grad_()
+    tiles.decode(leaf).sum().backward()
+    assert leaf.grad.abs().max() > 0
+
+
 def test_at_size(flow) -> None:
     assert at_size(flow, (8, 8)) is flow
     assert at_size(Pyramid(flow, (9, 9)), (20, 20)).flow is flow
     tiles = at_size(Tiles(flow, (9, 9), 3), (20, 20))
     assert isinstance(tiles, Tiles)
     assert (tiles.overlap, tiles.size) == (3, (20, 20))
-    assert Pyramid(flow, (9, 9)).to("cpu").size == (9, 9)
-    assert Pyramid(flow, (9, 9)).to(dtype=torch.float32).flow is flow
+    pyramid = Pyramid(flow, (9, 9))
+    assert pyramid.to("cpu") is pyramid
+    low = pyramid.to(compute_dtype=torch.bfloat16)
+    assert (low.size, low.flow.compute_dtype) == ((9, 9), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda f: Pyramid(f, (0, 8)), "both at least 1"),
+        (lambda f: Pyramid(f, 224), r"size is \(height, width\).* got 224"),
+        (lambda f: Tiles(f, (16, 16.0)), r"size is \(height, width\)"),
+        (lambda f: Pyramid(f, (9, 9)).encode(torch.rand(2, 1, 9, 8)), r"\(B, 1, 9, 9\)"),
+        (lambda f: Tiles(f, (9, 9)).encode(torch.rand(2, 1, 9, 10)), r"\(B, 1, 9, 9\)"),
         (lambda f: Tiles(f, (7, 8)), "smaller than a tile"),
         (lambda f: Tiles(f, (16, 16), 8), "overlap must be from 0 to 7"),
     ],
@@ -162,6 +250,12 @@ def test_at_size(flow) -> None:
 def test_bad_sizes(make, message, flow) -> None:
     with pytest.raises(ValueError, match=message):
         make(flow)
+
+
+@pytest.mark.parametrize("kind", [Pyramid, Tiles])
+def test_a_name_is_no_flow(kind) -> None:
+    with pytest.raises(TypeError, match=r"got str; load one with ijsat_aug\.load_flow"):
+        kind("digits", (16, 16))
 
 
 def test_channels_must_agree(flow, photographs) -> None:

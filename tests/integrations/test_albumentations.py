@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
@@ -79,6 +80,45 @@ def test_a_compose_on_a_tensor_batch(end, photographs) -> None:
     bytes_ = (255 * photographs[:6]).byte()
     assert torch.equal(flip(bytes_), bytes_.flip(3))
     assert flip.eval()(bytes_) is bytes_
+
+
+@pytest.mark.parametrize("end", [A.ToFloat(255), A.Normalize(), A.Normalize(normalization="image")])
+def test_eight_bits_may_become_floats(end, photographs) -> None:
+    x = (255 * photographs[:3]).byte()
+    out = BatchPipeline(A.Compose([end]))(x)
+    assert out.dtype == torch.float32
+    expected = end(image=x[0].permute(1, 2, 0).numpy())["image"]
+    assert torch.allclose(out[0].permute(1, 2, 0), torch.from_numpy(expected).float())
+    assert out.std() > 0.1
+
+
+def test_what_is_neither_bits_nor_float_is_refused(photographs) -> None:
+    with pytest.raises(TypeError, match=r"returned torch\.uint16 images"):
+        BatchPipeline(A.Compose([A.FromFloat("uint16")]))(photographs[:2])
+
+
+def test_masks_and_boxes_are_not_left_behind(photographs) -> None:
+    x, y = photographs[:4], torch.arange(4)
+    flip = BatchPipeline(A.Compose([A.HorizontalFlip(p=1.0)]))
+    mask = tv_tensors.Mask(torch.zeros(4, 32, 32))
+    boxes = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(32, 32))
+    for batch, name in (
+        (({"image": x, "mask": x[:, :1], "label": y},), "mask"),
+        (((x, mask),), "Mask"),
+        ((x, y, boxes), "BoundingBoxes"),
+        ((x, [{"boxes": torch.rand(1, 4), "labels": y[:1]}] * 4), "boxes"),
+    ):
+        with pytest.raises(ValueError, match=f"images alone, and the batch has {name}"):
+            flip(*batch)
+    assert flip.eval()(x, mask)[1] is mask
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_stays(memory_format, photographs) -> None:
+    x = photographs[:4].contiguous(memory_format=memory_format)
+    for step in (A.HorizontalFlip(p=1.0), A.RandomCrop(24, 20)):
+        out = BatchPipeline(A.Compose([step]))(x)
+        assert out.is_contiguous(memory_format=memory_format)
 
 
 def test_eight_bit_transforms_on_floats(photographs) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import kornia.augmentation as K
 import pytest
 import torch
@@ -123,9 +126,35 @@ def test_same_on_batch_is_one_weight_for_all(net, digits, labels) -> None:
     augment = AugmentationSequential(mix, data_keys=["input", "class"], same_on_batch=True)
     augment(digits[:6], labels[:6])
     assert mix.last["lam"].unique().numel() == 1
+    mix(digits[:6], labels[:6])  # outside of the container it is what it was
+    assert mix.last["lam"].unique().numel() == 6
     augment.same_on_batch = False
     augment(digits[:6], labels[:6])
     assert mix.last["lam"].unique().numel() == 6
+
+
+@pytest.mark.parametrize("same", [False, True, None])
+def test_same_on_batch_keeps_the_weight_of_who_wants_one(same, net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, eps=0, per_sample=False)
+    augment = AugmentationSequential(mix, data_keys=["input", "class"], same_on_batch=same)
+    augment(digits[:6], labels[:6])
+    assert mix.last["lam"].unique().numel() == 1
+    with pytest.raises(ValueError, match="num_classes=10 allows"):
+        augment(digits[:6], labels[:6] + 10)
+    assert not mix.per_sample
+
+
+@pytest.mark.parametrize("options", [{"draws": 4}, {"lam_steps": 2}])
+def test_same_on_batch_is_not_for_chosen_weights(options, net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, **options)
+    message = "draws and lam_steps choose one for each sample"
+    with pytest.raises(ValueError, match=message):
+        AugmentationSequential(mix, data_keys=["input", "class"], same_on_batch=True)
+    augment = AugmentationSequential(mix, data_keys=["input", "class"])
+    augment.same_on_batch = True
+    with pytest.raises(ValueError, match=message):
+        augment(digits[:4], labels[:4])
+    assert mix.per_sample
 
 
 def test_without_labels_the_model_predicts(net, digits, flow) -> None:
@@ -133,6 +162,94 @@ def test_without_labels_the_model_predicts(net, digits, flow) -> None:
     alone = adv(net, flow, random_start=False)(x)
     for kind in (AugmentationSequential, K.AugmentationSequential, K.ImageSequential):
         assert torch.equal(kind(adv(net, flow, random_start=False))(x), alone), kind
+
+
+@pytest.mark.parametrize("kind", [K.AugmentationSequential, K.ImageSequential])
+def test_inside_kornias_own_containers(kind, net, digits, flow) -> None:
+    """They hand over the image alone, also to our container."""
+    x = digits[:6]
+    attack = adv(net, flow, random_start=False)
+    inner = AugmentationSequential(K.RandomHorizontalFlip(p=1.0), attack)
+    outer = kind(inner, K.RandomVerticalFlip(p=1.0))
+    out = outer(x)
+    assert torch.allclose(out, attack(x.flip(3)).flip(2))
+    assert torch.allclose(outer(x, params=outer._params), out)
+    assert torch.equal(outer.eval()(x), x.flip(3).flip(2))
+    with pytest.raises(ValueError, match=r"kornia.AugmentationSequential .* \"class\" among"):
+        kind(RobustMixup(net, num_classes=10))(x)
+
+
+def test_masks_around_our_container(net, digits, flow) -> None:
+    inner = AugmentationSequential(K.RandomHorizontalFlip(p=1.0), adv(net, flow))
+    outer = K.AugmentationSequential(inner, data_keys=["input", "mask"])
+    mask = (digits[:4] > 0.5).float()
+    out, moved = outer(digits[:4], mask)
+    assert torch.equal(moved, mask.flip(3))
+    assert not torch.equal(out, digits[:4].flip(3))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        K.ImageSequential,
+        AugmentationSequential,
+        lambda ours: K.ImageSequential(K.ImageSequential(ours)),
+        nn.Sequential,
+    ],
+)
+def test_ours_stand_outermost(wrap, net, flow) -> None:
+    for ours in (adv(net, flow), adv(net, flow, mode="append"), RobustMixup(net, num_classes=10)):
+        if wrap is AugmentationSequential and getattr(ours, "mode", None) == "append":
+            continue
+        with pytest.raises(ValueError, match="a direct child of the outermost container"):
+            AugmentationSequential(wrap(ours), data_keys=["input", "class"])
+    AugmentationSequential(RobustMixup(net, num_classes=10, attack=adv(net, flow)))
+
+
+def test_one_image_and_one_label_of_each_sample(net, digits, labels, flow) -> None:
+    x, y = digits[:4], labels[:4]
+    mix = RobustMixup(net, num_classes=10)
+    for ours in (adv(net, flow), mix):
+        twice = AugmentationSequential(ours, data_keys=["input", "input", "class"])
+        with pytest.raises(ValueError, match="takes one image of each sample, and there are 2"):
+            twice(x, x, y)
+        names = AugmentationSequential(ours, data_keys=None)
+        with pytest.raises(ValueError, match="one image of each sample"):
+            names({"image": x, "image_2": x, "label": y})
+    with pytest.raises(ValueError, match="'input' and 'class', once each"):
+        AugmentationSequential(mix, data_keys=["input", "class", "class"])(x, y, y)
+    with pytest.raises(ValueError, match="'input' and 'class', once each"):
+        AugmentationSequential(mix, data_keys=None)({"image": x, "label_fine": y, "label": y})
+    fine = AugmentationSequential(adv(net, flow), data_keys=["input", "class", "class"])
+    out, one, two = fine(x, y, y + 1)
+    assert torch.equal(one, y)
+    assert torch.equal(two, y + 1)
+    assert not torch.equal(out, x)
+
+
+def test_a_replay_without_the_image(net, digits, labels, flow) -> None:
+    x, mask = digits[:6], (digits[:6] > 0.5).float()
+    augment = AugmentationSequential(
+        K.RandomHorizontalFlip(), adv(net, flow), data_keys=["input", "mask"]
+    )
+    _, moved = augment(x, mask)
+    params = augment._params
+    assert torch.equal(augment(mask, params=params, data_keys=["mask"]), moved)
+    assert torch.equal(augment(x, mask, params=params)[1], moved)
+    mix = AugmentationSequential(RobustMixup(net, num_classes=10), data_keys=["input", "class"])
+    mix(x, labels[:6])
+    with pytest.raises(ValueError, match="needs labels with the image"):
+        mix(labels[:6], params=mix._params, data_keys=["class"])
+
+
+def test_params_travel(net, digits, labels, flow) -> None:
+    """Copied and pickled, they replay the same."""
+    augment = container(net, flow)
+    out, t = augment(digits[:6], labels[:6])
+    for params in (copy.deepcopy(augment._params), pickle.loads(pickle.dumps(augment._params))):
+        again, same = augment(digits[:6], labels[:6], params=params)
+        assert torch.equal(out, again)
+        assert torch.equal(t, same)
 
 
 def test_around_kornias_own_containers(net, digits, labels, flow) -> None:

@@ -64,3 +64,23 @@ def test_beside_their_mixing(theirs, place, net, digits, labels) -> None:
     assert x.shape == (7, 1, 8, 8)
     assert torch.allclose(t.sum(1), torch.ones(7))
     assert (t > 0).sum(1).max() > 2  # two mixings
+
+
+def test_masks_and_boxes_are_not_blended(net, digits, labels) -> None:
+    x, y = digits[:4], labels[:4]
+    adv, mix = ours(net)
+    mask = tv_tensors.Mask(torch.zeros(4, 8, 8))
+    boxes = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
+    for batch, name in (
+        ((x, y, mask), "Mask"),
+        (((x, y, boxes),), "BoundingBoxes"),
+        (({"image": x, "label": y, "masks": mask},), "masks"),
+        (({"image": x, "label": y, "Keypoints": torch.rand(4, 3, 2)},), "Keypoints"),
+        (({"image": x, "label": y, "bboxes": boxes, "mask": x},), "bboxes, mask"),
+    ):
+        with pytest.raises(ValueError, match=f"blends of {name} have no meaning"):
+            mix(*batch)
+        adv(*batch)
+        assert mix.eval()(*batch)
+        mix.train()
+    assert adv({"image": x, "label": y, "mask": mask})["mask"] is mask

@@ -203,6 +203,36 @@ def test_any_manifold_that_is_a_module_stays_outside(net, digits, labels) -> Non
         assert flow.scale.requires_grad
 
 
+def test_a_foreign_tape_runs_in_full_precision(net, digits, labels) -> None:
+    """A rotation of the pixels, whose tape is its matrix."""
+
+    class Rotation:
+        shape, latent_dim = (1, 8, 8), 64
+        matrix = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+
+        def encode(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ self.matrix
+
+        def decode(self, z: Tensor) -> Tensor:
+            return (z @ self.matrix.T).unflatten(1, self.shape)
+
+        def encode_with_tape(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.encode(x)
+            seen.append(z.dtype)
+            return z, self.matrix
+
+        def vjp(self, tape: Tensor, g: Tensor) -> Tensor:
+            seen.append((g.flatten(1) @ tape).dtype)
+            return g.flatten(1) @ tape
+
+    seen: list[torch.dtype] = []
+    options = {"eps": 0, "eta": 1e-7, "method": "linear", "random_start": False}
+    adv = JointSpaceAdv(net, Rotation(), amp_dtype=torch.bfloat16, **options)
+    out, _ = adv(digits[:8], labels[:8])
+    assert (out - digits[:8]).abs().max() < 1e-5
+    assert seen == [torch.float32, torch.float32]
+
+
 @pytest.mark.parametrize(
     ("threat", "latent", "pixel"),
     [

@@ -245,6 +245,17 @@ def test_mixing_on_the_manifold(space, digits, labels, flow) -> None:
     assert (out[4:] - pixels).abs().max() > 0.1
 
 
+def test_a_flow_by_name(digits, labels, flow) -> None:
+    mixes = [
+        RobustMixup(num_classes=10, eps=0, space="latent", flow=f, generator=0)
+        for f in (flow, "digits")
+    ]
+    one, two = (mix(digits[:6], labels[:6])[0] for mix in mixes)
+    assert torch.equal(one, two)
+    with pytest.raises(TypeError, match=r"got Linear; load one with ijsat_aug\.load_flow"):
+        RobustMixup(num_classes=10, space="latent", flow=nn.Linear(2, 2))
+
+
 def test_spherical_mixing_keeps_the_length(flow) -> None:
     from ijsat_aug.transforms.blend import _slerp
 
