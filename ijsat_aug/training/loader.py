@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from ..transforms.batch import BatchTransform
+from ..transforms.replay import replay
 
 __all__ = ["AugmentedLoader", "collate"]
 
@@ -28,6 +32,12 @@ class AugmentedLoader(Generic[T]):
         loader: A DataLoader, or anything that yields batches.
         transform: Gets a whole batch, such as ``(images, labels)``.
         device: Where batches go before they are transformed; by default they stay.
+        replay: How often each batch is shown: first without attack, then moved along the gradient
+            that the step before left on its images. The attack then asks no model, and costs what
+            the flow costs; ``len`` counts every showing.
+        every: Attack only every so many batches; the others are mixed or left as they are.
+        epochs: ``(first, end)``: attack only from epoch ``first`` up to, without it, ``end``, where
+            None is never. Epochs are counted from 0, or told by ``set_epoch``.
 
     Example:
         >>> from ijsat_aug import RobustMixup
@@ -36,6 +46,16 @@ class AugmentedLoader(Generic[T]):
         >>> loader = AugmentedLoader(loader, RobustMixup(num_classes=6, eps=0))
         >>> [tuple(y.shape) for x, y in loader], len(loader), loader.batch_size
         ([(4, 6), (2, 6)], 2, 4)
+
+        Batches that are shown twice, the second time along the gradient of the first step:
+
+        >>> from ijsat_aug import JointSpaceAdv
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 6))
+        >>> twice = AugmentedLoader(loader.loader, JointSpaceAdv(eta=0), replay=2)
+        >>> for x, y in twice:
+        ...     torch.nn.functional.cross_entropy(net(x), y).backward()
+        >>> len(twice)
+        4
     """
 
     def __init__(
@@ -43,6 +63,10 @@ class AugmentedLoader(Generic[T]):
         loader: Iterable[T],
         transform: Callable[[T], Any],
         device: torch.device | str | int | None = None,
+        *,
+        replay: int = 1,
+        every: int = 1,
+        epochs: tuple[int, int | None] | None = None,
     ) -> None:
         if not callable(transform) or isinstance(transform, type):
             got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
@@ -50,14 +74,22 @@ class AugmentedLoader(Generic[T]):
         self.loader = loader
         self.transform = transform
         self.device = None if device is None else torch.device(device)
+        self.plan = Plan(replay, every, epochs or (0, None))
+        self.epoch = 0
+        if self.plan != Plan() and not isinstance(transform, BatchTransform):
+            raise TypeError(
+                "replay, every and epochs tell an attack when to rest: the transform must be one "
+                f"of ours, not {type(transform).__name__}; put other transforms into the loader."
+            )
 
     def __iter__(self) -> Iterator[Any]:
-        move = _mover(self.device)
-        for batch in self.loader:
-            yield self.transform(move(batch))
+        move, plan, epoch = _mover(self.device), self.plan, self.epoch
+        self.epoch = epoch + 1
+        for number, batch in enumerate(self.loader):
+            yield from plan.shown(self.transform, move(batch), epoch, number)
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
+        return self.plan.count(len(self.loader))  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader, or the sampler in it, which epoch begins.
@@ -65,6 +97,7 @@ class AugmentedLoader(Generic[T]):
         Example:
             >>> AugmentedLoader([torch.rand(2, 3, 4, 4)], lambda batch: batch).set_epoch(3)
         """
+        self.epoch = epoch
         batches = getattr(self.loader, "batch_sampler", None)
         owners: tuple[Any, ...] = (
             self.loader,
@@ -84,7 +117,7 @@ class AugmentedLoader(Generic[T]):
         return getattr(self.loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("loader", "transform", "device") or name.startswith("__"):
+        if name in ("loader", "transform", "device", "plan", "epoch") or name.startswith("__"):
             object.__setattr__(self, name, value)
         else:
             setattr(self.loader, name, value)
@@ -94,6 +127,51 @@ class AugmentedLoader(Generic[T]):
 
     def __repr__(self) -> str:
         return f"AugmentedLoader({self.loader!r}, {self.transform!r}, device={self.device})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the attack works, and how often a batch is shown.
+
+    Attributes:
+        replay: How often a batch is shown that is attacked.
+        every: Attack one of so many batches.
+        epochs: Attack from the first up to the second.
+
+    Example:
+        >>> Plan(replay=2, every=3).count(7)  # batches 0, 3 and 6 twice
+        10
+    """
+
+    replay: int = 1
+    every: int = 1
+    epochs: tuple[int, int | None] = (0, None)
+
+    def __post_init__(self) -> None:
+        for name in ("replay", "every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        first, end = self.epochs
+        if first < 0 or (end is not None and end < first):
+            raise ValueError(f"epochs must be (first, end) in order, got {self.epochs!r}.")
+
+    def count(self, batches: int) -> int:
+        """How often batches are shown in an epoch; the same in all epochs."""
+        return batches + (self.replay - 1) * -(-batches // self.every)
+
+    def shown(self, transform: Any, batch: Any, epoch: int, number: int) -> Iterator[Any]:
+        """What a batch becomes, one time or several."""
+        first, end = self.epochs
+        turn = number % self.every == 0
+        works = turn and first <= epoch and (end is None or epoch < end)
+        if works and self.replay > 1:
+            yield from replay(transform, batch, self.replay)
+        elif works:
+            yield transform(batch)
+        else:
+            for _ in range(self.replay if turn else 1):
+                yield from replay(transform, batch, 1)
 
 
 class collate:

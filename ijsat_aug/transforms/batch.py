@@ -166,6 +166,27 @@ class BatchTransform(nn.Module):
         self._seen.add(images.device)
         return new.as_subclass(type(images)), labels, params
 
+    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """The batch without its attack: how a replay begins, and what batches in between are.
+
+        Example:
+            >>> from ijsat_aug import RobustMixup
+            >>> mix = RobustMixup(torch.nn.Identity(), num_classes=3)
+            >>> x, y = mix.calm(torch.rand(3, 1, 4, 4), torch.arange(3))  # mixed, not attacked
+            >>> y.shape
+            torch.Size([3, 3])
+        """
+        check_place()
+        check_images(images)
+        plain = images.as_subclass(Tensor)
+        self.check(plain, labels)
+        self.last = {}
+        return images.detach(), self.as_labels(plain, labels)
+
+    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+        """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""
+        raise TypeError(f"{type(self).__name__} has no attack that could follow a gradient.")
+
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
         """All that is random for one batch; None when the batch is left as it is.
 

@@ -29,7 +29,7 @@ from .labels import check_logits
 from .scale import Scale
 from .threat import Threat
 
-__all__ = ["Outcome", "climb"]
+__all__ = ["Outcome", "climb", "climb_along"]
 
 Model = Callable[[Tensor], Tensor]
 
@@ -77,6 +77,50 @@ def climb(
         new = scale.moved(images, pixels, found.image)
         new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
         return Outcome(torch.empty_like(images).copy_(new), _facts(found, variables, threat))
+
+
+def climb_along(
+    images: Tensor,
+    gradient: Tensor,
+    flow: Manifold | None,
+    threat: Threat,
+    scale: Scale,
+    *,
+    pixel_start: Tensor | None = None,
+) -> Outcome:
+    """Move a batch one step along a gradient of the loss that somebody else found; no model.
+
+    Args:
+        images: The batch, in its own units.
+        gradient: Of the loss at (nearly) these images, in the same units; any positive factor is
+            without meaning.
+        flow: Where it maps the gradient to the latent space.
+        threat: Of one step, with ``method="linear"``.
+        scale: Of the batch.
+        pixel_start: Where the pixel perturbation starts.
+    """
+    if not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
+        return Outcome(images.detach(), {})
+    with torch.inference_mode(False), torch.enable_grad():
+        images = _usable(images)
+        pixels = scale.to_pixels(images).clamp(0, 1)
+        slope = scale.to_pixel_gradient(_usable(gradient).to(pixels.dtype))
+        picture, variables = _space(pixels, flow, threat, pixel_start, None)
+        found = ascend(Landscape(picture, _itself, _along, slope), variables)
+        new = scale.moved(images, pixels, found.image)
+        new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
+        facts = _facts(found, variables, threat)
+        kept = {name: fact for name, fact in facts.items() if not name.startswith("loss")}
+        return Outcome(torch.empty_like(images).copy_(new), kept)
+
+
+def _itself(image: Tensor) -> Tensor:
+    return image
+
+
+def _along(image: Tensor, slope: Tensor) -> Tensor:
+    """A loss whose gradient is the slope everywhere."""
+    return (image * slope).flatten(1).sum(1)
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import Tiles, at_size
 from .batch import BatchTransform
 from .checks import check_channels, check_manifold, find_flow
-from .climb import climb
+from .climb import climb, climb_along
 from .labels import as_target
 from .structure import LabelsGetter
 from .threat import Method, Threat, Update
@@ -71,6 +72,8 @@ class JointSpaceAdv(BatchTransform):
         tau: Friendly stop: leave a sample alone once it was wrong more than ``tau`` times.
         p: Probability that a batch is attacked.
         fraction: Share of the samples of a batch that is attacked; the others cost nothing.
+        choose: Which ones: ``"random"``, or, in a replay of
+            :class:`~ijsat_aug.AugmentedLoader`, the ``"hardest"``, of the largest gradients.
         mode: ``"replace"`` the images, or ``"append"`` the attacked ones behind the clean batch.
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
@@ -122,6 +125,7 @@ class JointSpaceAdv(BatchTransform):
         tau: int | None = None,
         p: float = 1.0,
         fraction: float = 1.0,
+        choose: Literal["random", "hardest"] = "random",
         mode: Literal["replace", "append"] = "replace",
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
@@ -153,8 +157,11 @@ class JointSpaceAdv(BatchTransform):
             check_manifold(self.flow)
         if objective == "kl":
             self.threat.check_start(pixel=random_start, latent=random_start)
+        if choose not in ("random", "hardest"):
+            raise ValueError(f'choose must be "random" or "hardest", got {choose!r}.')
         self.target = target
         self.random_start = random_start
+        self.choose = choose
         self._told = False
 
     @property
@@ -172,6 +179,15 @@ class JointSpaceAdv(BatchTransform):
             if needs_labels(flow):
                 self._classes(images, labels)
         self._labels(images, labels)
+
+    def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
+        """All that is random for one batch; None when the batch is left as it is."""
+        if self.choose == "hardest" and self.fraction < 1:
+            raise ValueError(
+                'choose="hardest" looks at gradients that only a replay has: '
+                "AugmentedLoader(loader, transform, replay=2)."
+            )
+        return super().draw(images, labels)
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
         """Where the ascent starts, and what else is random.
@@ -212,6 +228,46 @@ class JointSpaceAdv(BatchTransform):
         )  # fmt: skip
         self.last = outcome.facts
         return outcome.images, labels
+
+    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+        """The images, one linear step along a gradient that the training step found.
+
+        Example:
+            >>> adv = JointSpaceAdv(eta=0, eps=0.25, random_start=False)
+            >>> x = torch.full((1, 1, 1, 2), 0.5)
+            >>> adv.follow(x, None, torch.tensor([[[[3.0, -0.1]]]]))
+            tensor([[[[0.7500, 0.2500]]]])
+        """
+        step = _step_of(self.threat, self.target)
+        self.last = {}
+        index = self._chosen(gradient)
+        if index is None:
+            return images.detach()
+        some, slope = images[index], gradient[index]
+        flow: Any = self._fitted(some) if step.moves_latent else None
+        if needs_labels(flow):
+            flow = flow.of_labels(self._classes(some, labels[index]))
+        start = None
+        if self.random_start and step.moves_pixels:
+            start = step.eps * self._ball(step.norm, tuple(some.shape), some.device)
+        outcome = climb_along(some, slope, flow, step, self.scale, pixel_start=start)
+        self.last = outcome.facts
+        return images.detach().index_copy(0, index, outcome.images)
+
+    def _chosen(self, gradient: Tensor) -> Tensor | None:
+        """Which samples move, in order; None for none."""
+        count = len(gradient)
+        share = round(self.fraction * count) if self.random.chance(self.p) else 0
+        if share == 0:
+            return None
+        if share == count:
+            return torch.arange(count, device=gradient.device)
+        if self.choose == "hardest":
+            order = gradient.flatten(1).float().norm(dim=1).nan_to_num(0).argsort(descending=True)
+        else:
+            order = self.random.uniform((count,), gradient.device).argsort()
+        index: Tensor = order[:share].sort().values
+        return index
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
@@ -272,6 +328,22 @@ class JointSpaceAdv(BatchTransform):
         uniform = partial(self.random.uniform, device=device)
         normal = partial(self.random.normal, device=device)
         return unit_ball(norm, shape, uniform, normal)
+
+
+def _step_of(threat: Threat, target: Target) -> Threat:
+    """The threat as one step along a given gradient, if it can be that."""
+    asked = {
+        "steps=1": threat.steps == 1, 'objective="ce"': threat.objective == "ce",
+        'target="label"': target == "label", "targeted=False": not threat.targeted,
+        "best=False": not threat.best, "tau=None": threat.tau is None,
+    }  # fmt: skip
+    wrong = [setting for setting, fits in asked.items() if not fits]
+    if wrong:
+        raise ValueError(
+            "a replay moves batches once along the gradient of the training loss: it needs "
+            f"{', '.join(wrong)}."
+        )
+    return replace(threat, method="linear", update="joint", latent_steps=None)
 
 
 def _other(labels: Tensor | None, draw: Tensor) -> Deferred:

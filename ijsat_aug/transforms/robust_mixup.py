@@ -207,6 +207,27 @@ class RobustMixup(BatchTransform):
             )
         return soft_labels(labels, len(images), self.num_classes, values=self.careful(images))
 
+    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """The mixed batch, whose blends nothing has attacked."""
+        plain = images.as_subclass(Tensor)
+        targets = super().calm(images, labels)[1]
+        params = self.draw(plain, targets)
+        if params is None:
+            return images.detach(), targets
+        mixed, targets = self.replay(plain, targets, params | {"attack": None})
+        return mixed.as_subclass(type(images)), targets
+
+    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+        """The mixed batch, moved along a gradient as the attack moves it."""
+        if self.climb is None or self.mode == "append" or self.mix != Mix(space=self.mix.space):
+            raise ValueError(
+                "a replay of RobustMixup moves plain blends along a gradient: it needs an attack "
+                'of ours, mode="replace", order="mix-attack", label="linear" and lam_steps=0.'
+            )
+        moved = self.climb.follow(images, labels, gradient)
+        self.last |= self.climb.last
+        return moved
+
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
         """The mixing weights, and what the attack draws.
 
@@ -234,7 +255,7 @@ class RobustMixup(BatchTransform):
             self._flow = (on_device(check_manifold(self._flow[0]), images.device),)
         mixed, targets, facts = mix_batch(
             images, labels, params["lam"], self.mix,
-            attack=self._call(params.get("attack")), handle=self.handle, flow=self._flow[0],
+            attack=self._call(params), handle=self.handle, flow=self._flow[0],
             scale=self.scale, seed=params.get("seed"),
         )  # fmt: skip
         seen = self.attack.last if isinstance(self.attack, BatchTransform) else {}
@@ -252,14 +273,15 @@ class RobustMixup(BatchTransform):
         if attack.random.is_global:
             attack.random = self.random
 
-    def _call(self, params: dict[str, Any] | None) -> Attack | None:
-        attack = self.attack
+    def _call(self, params: dict[str, Any]) -> Attack | None:
+        """The attack with what it drew; nothing where it is told to rest."""
+        attack, drawn = self.attack, params.get("attack")
         if isinstance(attack, BatchTransform):
             attack.last = {}
-            if params is None:
+            if drawn is None:
                 return None
-            return lambda images, targets: attack.replay(images, targets, params)[0]
-        return None if attack is None else images_of(attack)
+            return lambda images, targets: attack.replay(images, targets, drawn)[0]
+        return None if attack is None or "attack" in params else images_of(attack)
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""

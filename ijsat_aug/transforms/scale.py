@@ -85,6 +85,10 @@ class Scale:
         place = (pixels.dtype, pixels.device)
         return torch.addcmul(_column(shift, *place), pixels, _column(inverse, *place))
 
+    def to_pixel_gradient(self, gradient: Tensor) -> Tensor:
+        """A gradient with respect to the batch as one with respect to its pixels."""
+        return gradient if self.std is None else gradient / self._tensors(gradient)[1]
+
     def moved(self, images: Tensor, pixels: Tensor, new: Tensor) -> Tensor:
         """The batch ``images`` with pixels ``new`` in place of ``pixels``."""
         if self.mean is not None:  # what did not move stays as it is, bit for bit

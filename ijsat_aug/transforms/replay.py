@@ -1,0 +1,61 @@
+"""Show a batch several times, moved along the gradient that the training step itself left on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .batch import BatchTransform
+from .structure import take_apart
+
+__all__ = ["replay"]
+
+
+def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
+    """The batch without attack, then moved along the gradient of each step before.
+
+    The gradient comes from the ``backward()`` that training does anyway, so that the attack asks no
+    model: it costs what the flow costs, and nothing in pixel space. Every move starts anew from the
+    batch without attack.
+
+    Args:
+        transform: What moves the batch: ``calm`` shows it at first, ``follow`` moves it.
+        batch: As the transform takes it.
+        times: How often it is shown.
+
+    Example:
+        >>> import torch
+        >>> from ijsat_aug import JointSpaceAdv
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+        >>> adv = JointSpaceAdv(eta=0, eps=0.1, random_start=False)
+        >>> losses = []
+        >>> for x, y in replay(adv, (torch.rand(8, 1, 4, 4), torch.arange(8) % 2), 2):
+        ...     loss = torch.nn.functional.cross_entropy(net(x), y)
+        ...     loss.backward()
+        ...     losses.append(loss.item())
+        >>> losses[1] > losses[0]
+        True
+    """
+    if not transform.training:
+        yield from (batch for _ in range(times))
+        return
+    parts = take_apart((batch,), transform.labels_getter)
+    calm, labels = transform.calm(parts.images, parts.labels)
+    images = calm
+    for turn in range(times):
+        # Shown as a copy: a loop that changes its images in place may not change a leaf.
+        leaf = images.detach().requires_grad_(turn + 1 < times)
+        yield parts.rebuild(leaf.clone() if leaf.requires_grad else leaf, labels)
+        if turn + 1 < times:
+            images = transform.follow(calm, labels, _gradient(leaf))
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        raise ValueError(
+            "the batch came back without a gradient: with replay, loss.backward() must reach the "
+            "images of every batch before the next one is asked for."
+        )
+    return leaf.grad
