@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import attack, flows, functional, training, transforms
+    from . import attack, evaluation, flows, functional, training, transforms
     from .flows.checkpoint import load_flow, save_flow
     from .flows.frozen import FrozenGlow
     from .flows.glow import GlowConfig
@@ -36,7 +36,7 @@ _HOMES = {
     "train_flow": "flows.trainer",
 }
 
-_ROOMS = ("attack", "flows", "functional", "training", "transforms")
+_ROOMS = ("attack", "evaluation", "flows", "functional", "training", "transforms")
 
 __all__ = [
     "AugmentedLoader",
@@ -48,6 +48,7 @@ __all__ = [
     "Recipe",
     "RobustMixup",
     "attack",
+    "evaluation",
     "flows",
     "functional",
     "list_flows",

@@ -1,4 +1,4 @@
-"""The command line: demo, show, inspect, train-flow, convert."""
+"""The command line: demo, show, evaluate, inspect, train-flow, convert."""
 
 from __future__ import annotations
 
@@ -88,6 +88,11 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is no number; write for example 0.03 or 8/255.") from error
 
 
+def _words(text: str) -> list[str]:
+    """Names with commas between them, or none."""
+    return [] if text == "none" else [part.strip() for part in text.split(",")]
+
+
 def _numbers(text: str | None) -> tuple[float, ...] | None:
     """Numbers with commas between them."""
     return None if text is None else tuple(_number(part) for part in text.split(","))
@@ -153,6 +158,92 @@ def show(
             seed=seed,
         )  # fmt: skip
     typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Test images: a folder with one folder for each class, an .npz file, 'digits', or "
+            "the name of a torchvision dataset such as CIFAR10."
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="'module:function' or 'file.py:function' that returns the model, or the name of "
+            "a torchvision classifier."
+        ),
+    ],
+    weights: Annotated[
+        str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
+    ] = None,
+    flow: Annotated[
+        str | None,
+        typer.Option(help="For threats along its manifold: name, folder, or 'owner/name'."),
+    ] = None,
+    threats: Annotated[
+        str,
+        typer.Option(
+            help="'quick' (no AutoAttack), 'standard', 'unseen', 'all', 'none', or names such as "
+            "'linf=4/255@20,autoattack=4/255,jsa,fog', as name=budget@steps."
+        ),
+    ] = "all",
+    corruptions: Annotated[
+        str, typer.Option(help="'standard' (15), 'all' (19), 'none', or names with commas.")
+    ] = "standard",
+    corruption_files: Annotated[
+        Path | None,
+        typer.Option(help="Folder in the layout of CIFAR-10-C: read, or written at first."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many images; AutoAttack is slow.")] = 1000,
+    root: Annotated[Path | None, typer.Option(help="Where torchvision data lie.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Halved where the memory does not suffice.")
+    ] = 250,
+    device: Annotated[str | None, typer.Option(help="By default a GPU, if there is one.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in tables.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="JSON of another model on the same images, to compare.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps each finished threat; run again to go on there."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a table in Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with pictures.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Measure what a model withstands: attacks, unseen threats and corruptions, in one table."""
+    from .evaluation.command import run
+
+    with _plain_errors():
+        report, other = run(
+            data, model=model, weights=weights, name=name, flow=flow, threats=_words(threats),
+            corruptions=_words(corruptions), corruption_files=corruption_files, limit=limit,
+            root=root, size=size, mean=_numbers(mean), std=_numbers(std), batch_size=batch_size,
+            device=device, seed=seed, against=against, folder=out, overwrite=overwrite,
+            json=json_file, markdown=markdown, html=html, progress=not quiet,
+        )  # fmt: skip
+        from rich.console import Console
+
+        from .evaluation.render import to_table
+
+        Console().print(to_table(report, other))
+    for path in (json_file, markdown, html):
+        if path is not None:
+            typer.echo(f"Wrote {path}.")
 
 
 @app.command()

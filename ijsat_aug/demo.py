@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
+from .flows.files import write_atomically
 from .flows.frozen import FrozenGlow
 from .gallery import draw, gallery
 from .training.loader import AugmentedLoader
@@ -22,7 +23,7 @@ from .transforms.batch import BatchTransform
 from .transforms.joint_space import JointSpaceAdv
 from .transforms.robust_mixup import RobustMixup
 
-__all__ = ["run"]
+__all__ = ["network", "run"]
 
 _EPS = 1.6 / 16  # the digits have 17 levels of grey
 _NOISE = 0.25
@@ -57,11 +58,18 @@ def run(out: Path, source: str = "digits", epochs: int = 12, seed: int = 0) -> P
         f"steps, ε = {_EPS:.2f} of the pixel range, η = {_eta(flow):.3f}; they bound the robust "
         f"accuracy from above, AutoAttack may find more. Noise: Gaussian, σ = {_NOISE}."
     )
+    for name, trained in networks.items():
+        _save(trained, out / f"{name}.safetensors")
     path = out / "gallery.png"
     shown = [int((test.tensors[1] == digit).nonzero()[0]) for digit in range(_SHOWN)]
     x, y = (t[shown] for t in test.tensors)
     draw(gallery(networks["plain"], x, y, flow, eps=_EPS, eta=_eta(flow)), path)
     console.print(f"What the attacks do to the plain network: [bold]{path}[/]")
+    console.print(
+        f"The networks: {out}/*.safetensors. To evaluate one: [bold]ijsat-aug evaluate digits "
+        f"--model ijsat_aug.demo:network --weights {out / 'IJSAT.safetensors'} --flow {source} "
+        "--html report.html[/]"
+    )
     return path
 
 
@@ -102,7 +110,7 @@ def _train_all(
                 progress.update(task, advance=1, rate=f"{rate:.0f}")
 
             torch.manual_seed(seed)
-            networks[name] = _network()
+            networks[name] = network()
             augment = None if make is None else make(networks[name])
             _train(networks[name], train, augment, epochs, advance)
     return networks
@@ -129,13 +137,25 @@ def _train(
     network.eval()
 
 
-def _network() -> nn.Module:
+def network() -> nn.Module:
+    """The small network of the demo, untrained.
+
+    Example:
+        >>> network()(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Flatten(), nn.Linear(1024, 10),
     )  # fmt: skip
+
+
+def _save(network: nn.Module, path: Path) -> None:
+    from safetensors.torch import save
+
+    write_atomically(path, save(network.state_dict()))
 
 
 def _table(networks: dict[str, nn.Module], flow: FrozenGlow, x: Tensor, y: Tensor) -> Any:

@@ -4,7 +4,8 @@ Run:  python benchmarks/speed/step.py                (fifteen minutes on two cor
 
 One process, contenders interleaved, medians over rounds with quartiles: a CIFAR ResNet-18 at 32
 pixels with batch 128, SGD with momentum; forward, backward and optimiser step in float32, and what
-the augmentation does before. "p=0.5" is the mean of a step with and a step without the attack. The
+the augmentation does before. "p=0.5" is the mean of a step with and a step without the attack. Of a
+batch that is shown twice ("replay"), the time is that of the second step, attack and all. The
 peak memory of a step, weights and optimiser aside, is taken in a fresh process for each: resident
 memory on a CPU (Linux), what CUDA tells on a GPU.
 """
@@ -37,8 +38,15 @@ from benchmarks.harness import (
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.training import convert_split_batchnorm
+from ijsat_aug.transforms.batch import BatchTransform
+from ijsat_aug.transforms.replay import replay
 
-TARGETS = {"RobustMixup": 2.0, "RobustMixup, bf16 attack": 1.5, "RobustMixup, p=0.5": 1.5}
+TARGETS = {
+    "RobustMixup": 1.4, "RobustMixup, bf16 attack": 1.4, "RobustMixup, replay": 1.4,
+    "JointSpaceAdv, replay": 1.35, "JointSpaceAdv, replay, bf16": 1.35, "IJSAT, linear, bf16": 1.6,
+    "IJSAT, replay, bf16": 1.6,
+}  # fmt: skip
+MEMORY_TARGET = 1.2
 Augment = Callable[[Tensor, Tensor], Any]
 Step = Callable[[], object]
 
@@ -55,6 +63,20 @@ def training_step(network: nn.Module, x: Tensor, y: Tensor, augment: Augment | N
         optimizer.zero_grad()
 
     return step
+
+
+def replayed_steps(network: nn.Module, x: Tensor, y: Tensor, transform: BatchTransform) -> Step:
+    """Two steps of an ordinary loop on the same batch, first calm, then moved."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+
+    def steps() -> None:
+        for images, labels in replay(transform, (x, y), 2):
+            loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps
 
 
 def both(one: Step, two: Step) -> Step:
@@ -97,6 +119,14 @@ def steps(x: Tensor, y: Tensor) -> dict[str, Step]:
     runs = {name: training_step(network, x, y, a) for name, a in augmentations.items()}
     appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
     runs["IJSAT, appended, split BatchNorm"] = training_step(split, x, y, appended)
+    replays = {
+        "RobustMixup, replay": mixup(),
+        "JointSpaceAdv, replay": JointSpaceAdv(None, flow),
+        "JointSpaceAdv, replay, bf16": JointSpaceAdv(None, low),
+        "IJSAT, replay, bf16": mixup(JointSpaceAdv(None, low)),
+    }
+    for name, transform in replays.items():
+        runs[name] = replayed_steps(network, x, y, transform)
     half = mixup(), mixup(p=0)
     runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a) for a in half))
     return runs
@@ -135,6 +165,10 @@ def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     runs = steps(*batch_of(batch, device))
     seconds = interleave(runs, rounds, warmup=1)
     seconds["RobustMixup, p=0.5"] = [s / 2 for s in seconds["RobustMixup, p=0.5"]]
+    for name in seconds:
+        if "replay" in name:
+            pairs = zip(seconds[name], seconds["plain"], strict=True)
+            seconds[name] = [pair - plain for pair, plain in pairs]
     bytes_ = {name: peak_memory_apart(name, batch) for name in runs}
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},
@@ -166,6 +200,7 @@ def main() -> None:
     if not options.no_record:
         payload = {"network": "cifar_resnet18", "flow": "cifar10", "batch": options.batch}
         payload |= {"rounds": options.rounds, "seed": 0, "targets": TARGETS, **result}
+        payload["memory_target"] = MEMORY_TARGET
         payload["threads"] = torch.get_num_threads()
         print(record(f"speed-step-{device.type}".replace("cuda", "gpu"), payload))
 

@@ -1,0 +1,1 @@
+"""How robust it makes a network, and how hard the tests of that are."""

@@ -1,0 +1,194 @@
+"""Loss gained per second: what each way to attack a batch buys for its time.
+
+Run:  IJSAT_DATA=... python benchmarks/speed/strength.py     (half an hour on two cores)
+
+A CIFAR ResNet-18 of quarter width is trained plainly on real CIFAR-10 for some minutes and then
+stays as it is. Every setting attacks the same test images; recorded are how much the cross-entropy
+rises, in eval mode, and the time that the attack takes, medians of interleaved rounds, in
+multiples of a plain training step. A setting is on the Pareto front when nothing cheaper raises the
+loss as much. ``docs/strength.png`` shows it. The random starts are those of the transforms, so that
+the settings are what a user gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
+from benchmarks.networks import cifar_resnet18
+from benchmarks.real_data import cifar10
+from ijsat_aug import JointSpaceAdv, load_flow
+
+ROOT = Path(__file__).resolve().parents[2]
+EPS = 1 / 255
+COLOURS = {"pixel": "tab:blue", "latent": "tab:orange", "joint": "tab:green"}
+Attack = Callable[[], Tensor]
+
+
+def trained(path: Path, minutes: float, device: torch.device) -> nn.Module:
+    """A quarter-width ResNet-18, trained plainly; kept in a file."""
+    torch.manual_seed(0)
+    network = cifar_resnet18(width=16).to(device)
+    if path.is_file():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network.eval()
+    images, labels = (t.to(device) for t in cifar10(train=True, batches=2))
+    crop = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    begin = time.perf_counter()
+    while (done := (time.perf_counter() - begin) / (60 * minutes)) < 1:
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - done)
+        index = torch.randint(len(images), (128,), device=device)
+        x = torch.stack([crop(image) for image in images[index]]).float() / 255
+        loss = F.cross_entropy(network(x), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), path)
+    return network.eval()
+
+
+def attacks(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Attack]:
+    """Every setting, as a function that makes the attacked batch."""
+    flow = load_flow("cifar10", device=x.device)
+    low = load_flow("cifar10", device=x.device, compute_dtype=torch.bfloat16)
+    bf16: dict[str, Any] = {"amp_dtype": torch.bfloat16}
+    budgets = {"pixel": (EPS, 0.0), "latent": (0.0, None), "joint": (EPS, None)}
+    gradient = training_gradient(network, x, y)
+    found: dict[str, Attack] = {}
+
+    def add(name: str, adv: JointSpaceAdv) -> None:
+        found[name] = lambda: adv(x, y)[0]
+
+    for kind, (eps, eta) in budgets.items():
+        for steps in (1, 2, 3, 5, 10):
+            for word, precision in (("", {}), (", bf16", bf16)):
+                manifold = None if kind == "pixel" else (low if precision else flow)
+                options = {"eps": eps, "eta": eta, "steps": steps, **precision}
+                add(f"{kind}, {steps} steps{word}", JointSpaceAdv(network, manifold, **options))
+                if kind != "pixel" and steps == 1:
+                    linear = JointSpaceAdv(network, manifold, method="linear", **options)
+                    add(f"{kind}, linear{word}", linear)
+        for word, manifold in (("", flow), (", bf16", low)):
+            adv = JointSpaceAdv(None, None if kind == "pixel" else manifold, eps=eps, eta=eta)
+            found[f"{kind}, replay{word}"] = partial(adv.follow, x, y, gradient)
+    return found
+
+
+def training_gradient(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What an ordinary training step leaves on its images: in train mode, mean reduction."""
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    leaf = x.clone().requires_grad_()
+    network.train()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(leaf), y), leaf)
+    network.eval().load_state_dict(state)
+    return gradient
+
+
+def plain_step(x: Tensor, y: Tensor) -> Callable[[], object]:
+    """A training step on the same kind of network, which times are told in."""
+    network = cifar_resnet18(width=16).to(x.device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def loss(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Mean cross-entropy."""
+    return float(F.cross_entropy(network(x), y))
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Who gains more than everybody cheaper."""
+    best, found = -float("inf"), []
+    for name, (_, gain) in sorted(points.items(), key=lambda item: item[1]):
+        if gain > best:
+            best = gain
+            found.append(name)
+    return found
+
+
+def draw(points: dict[str, tuple[float, float]], on_front: list[str], path: Path) -> None:
+    """Time against gain, one colour a space."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for name, (cost, gain) in points.items():
+        kind = name.split(",")[0]
+        marker = "*" if "replay" in name else "D" if "linear" in name else "o"
+        low = "bf16" in name
+        face = "none" if low else COLOURS[kind]
+        axis.scatter(
+            cost, gain, s=60, edgecolors=COLOURS[kind], marker=marker, facecolors=face, zorder=3
+        )
+    line = [points[name] for name in on_front]
+    axis.step(*zip(*line, strict=True), where="post", color="grey", lw=1, zorder=1)
+    for name in on_front:
+        axis.annotate(name, points[name], (5, -11), textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", xlabel="time, in plain training steps", ylabel="cross-entropy gained")
+    for kind, colour in COLOURS.items():
+        axis.scatter([], [], s=60, c=colour, label=kind)
+    for marker, label in (("*", "replay"), ("D", "linear"), ("o", "steps")):
+        axis.scatter([], [], s=60, c="black", marker=marker, label=label)
+    axis.scatter([], [], s=60, edgecolors="black", facecolors="none", label="bf16")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=6, help="of training")
+    parser.add_argument("--work", type=Path, default=Path("runs/strength"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = trained(options.work / "network.pt", options.minutes, device)
+    images, labels = cifar10(train=False)
+    x = images[: options.batch].to(device).float() / 255
+    y = labels[: options.batch].to(device)
+    keep_memory()
+    runs = attacks(network, x, y)
+    clean = loss(network, x, y)
+    torch.manual_seed(0)
+    gains = {name: loss(network, attack(), y) - clean for name, attack in runs.items()}
+    seconds = interleave({**runs, "plain step": plain_step(x, y)}, options.rounds, warmup=1)
+    ratios = {name: ratio(times, seconds["plain step"]) for name, times in seconds.items()}
+    points = {name: (ratios[name]["median"], gain) for name, gain in gains.items()}
+    on_front = front(points)
+    for name, (cost, gain) in sorted(points.items(), key=lambda item: item[1]):
+        print(f"  {name:<26} {cost:7.3f} steps  +{gain:.3f} {'front' * (name in on_front)}")
+    draw(points, on_front, ROOT / "docs" / "strength.png")
+    result = {
+        "network": "cifar_resnet18(width=16)", "flow": "cifar10", "batch": options.batch,
+        "rounds": options.rounds, "seed": 0, "eps": EPS, "clean_loss": round(clean, 4),
+        "gains": {name: round(gain, 4) for name, gain in gains.items()}, "ratios": ratios,
+        "ms": {name: median_ms(times) for name, times in seconds.items()}, "front": on_front,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(record(f"strength-{device.type}".replace("cuda", "gpu"), result))
+
+
+if __name__ == "__main__":
+    main()

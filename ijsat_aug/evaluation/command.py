@@ -1,0 +1,98 @@
+"""``ijsat-aug evaluate``: a model and data from the few words of a command line, to a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..flows.checkpoint import load_flow
+from ..flows.data import ImageData, load_images
+from ..flows.files import write_atomically
+from ..models import load_model
+from .render import to_html, to_markdown
+from .report import Report
+from .run import evaluate
+
+__all__ = ["run"]
+
+
+def run(
+    source: str,
+    *,
+    model: str,
+    weights: str | None = None,
+    name: str | None = None,
+    flow: str | None = None,
+    threats: Sequence[str] = ("all",),
+    corruptions: Sequence[str] = ("standard",),
+    corruption_files: Path | None = None,
+    limit: int | None = None,
+    root: Path | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    device: str | None = None,
+    seed: int = 0,
+    against: Path | None = None,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    html: Path | None = None,
+    progress: bool = False,
+) -> tuple[Report, Report | None]:
+    """Evaluate, and write what was asked for; the arguments are those of ``ijsat-aug evaluate``.
+
+    Returns:
+        The report, and the one that it is compared with.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     report, _ = run("digits", model="ijsat_aug.demo:network", threats=["linf@2"],
+        ...                     corruptions=[], limit=20, html=Path(place, "a.html"))
+        ...     Path(place, "a.html").stat().st_size > 0, report.settings["images"]
+        (True, 20)
+    """
+    before = None if against is None else Report.load(against)
+    manifold = None if flow is None else load_flow(flow)
+    network = load_model(model, weights)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    data = _some(load_images(source, size=size, root=root, train=False), limit)
+    if data.labels is None:
+        raise ValueError(
+            f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
+            "each class, or save an array 'labels' beside 'images'."
+        )
+    report = evaluate(
+        network.to(place), data.images.float() / (data.bins - 1), data.labels, threats=threats,
+        flow=manifold, corruptions=corruptions, corruption_files=corruption_files, mean=mean,
+        std=std, classes=data.classes, batch_size=batch_size, seed=seed, folder=folder,
+        overwrite=overwrite, progress=progress, name=name or _name(model, weights),
+    )  # fmt: skip
+    if json is not None:
+        report.save(json)
+    if markdown is not None:
+        write_atomically(markdown, to_markdown(report, before).encode())
+    if html is not None:
+        write_atomically(html, to_html(report, before).encode())
+    return report, before
+
+
+def _some(data: ImageData, limit: int | None) -> ImageData:
+    """The first images; of a folder, which is sorted by class, evenly spaced ones."""
+    count = len(data.images)
+    if limit is None or limit >= count:
+        return data
+    if data.classes is None:
+        return data.take(torch.arange(limit))
+    return data.take(torch.linspace(0, count - 1, limit).round().long())
+
+
+def _name(model: str, weights: str | None) -> str:
+    if weights is None:
+        return model
+    return weights if weights == "DEFAULT" else Path(weights).stem

@@ -1,0 +1,386 @@
+"""The evaluation: each threat on each batch, kept as it finishes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..attack.model import Model
+from ..flows.manifold import Manifold
+from ..transforms.checks import check_images
+from ..transforms.labels import as_target, check_logits
+from .corruptions import CORRUPTIONS, EXTRA, STANDARD, CorruptionFiles, corrupt
+from .credibility import black_box_wins, doubts
+from .display import Display
+from .draws import Draws
+from .pictures import to_png
+from .report import Report, Result
+from .store import Store, fingerprint
+from .threats import Threat, select_threats
+from .victim import Victim
+
+__all__ = ["evaluate"]
+
+_SEVERITIES = (1, 2, 3, 4, 5)
+_SHOWN_SEVERITY = 3
+_SHOWN = 6
+_DOUBTED = 128
+
+
+def evaluate(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threats: Sequence[str | Threat] = ("all",),
+    flow: Manifold | None = None,
+    corruptions: Sequence[str] = ("standard",),
+    corruption_files: str | Path | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    name: str = "model",
+) -> Report:
+    """What is left of a model's accuracy under attacks, unseen threats and corruptions.
+
+    An attack is shown what the model gets right; the others count as lost. The model is frozen, in
+    eval mode and in full precision, and afterwards as it was.
+
+    Args:
+        model: Classifier; where it is, the evaluation runs.
+        images: ``(N, C, H, W)``: uint8, or floating in [0, 1] whatever the model's normalisation.
+        labels: Classes ``(N,)``.
+        threats: Names as :func:`make_threat` takes them, groups (``"quick"`` is without AutoAttack,
+            ``"standard"``, ``"unseen"``, ``"all"``), or :class:`Threat` objects.
+        flow: For the threats along a manifold; without it the groups leave them out.
+        corruptions: Names, ``"standard"`` (15) or ``"all"`` (19); none with ``()``.
+        corruption_files: A folder in the layout of CIFAR-10-C: the official one is read, another is
+            written at first and read from then on.
+        mean: Of the normalisation that the model expects.
+        std: Of the normalisation that the model expects.
+        classes: Their names, for the pictures.
+        batch_size: Halved where the memory does not suffice.
+        seed: Of random starts and corruptions.
+        folder: Keeps each finished result there and goes on from there.
+        overwrite: Replaces what another model or setting left in the folder.
+        progress: Shows bars with images per second and the time left.
+        name: Of the model, in tables.
+
+    Example:
+        >>> from ijsat_aug.evaluation import evaluate
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+        >>> report = evaluate(model, x, y, threats=["linf@5"], corruptions=["contrast"])
+        >>> report.accuracy("linf") <= report.accuracy("clean")
+        True
+    """
+    x, y = _checked(images, labels)
+    victim = Victim(model, mean, std)
+    victim.scale.check(x[:1], values=False)
+    chosen = _threats(threats, flow, x.shape[1:])
+    corrupted = _corruptions(corruptions)
+    settings = {
+        "name": name, "model": fingerprint(victim.model), "data": fingerprint(x, y),
+        "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
+        "flow": None if flow is None else fingerprint(_weights(flow)), "version": __version__,
+    }  # fmt: skip
+    check_logits(_first_logits(victim, x[:1]), 1, y, values=True)
+    batches = Batches(batch_size)
+    of_these = {key: value for key, value in settings.items() if key != "name"}
+    store = Store(folder, of_these, overwrite=overwrite)
+    shown = _one_of_each(y)
+    work = Work(victim, x, y, shown, seed, batches, store, Display(progress))
+    results: dict[str, Result] = {}
+    warnings: list[str] = []
+    with work.display:
+        warnings += work.doubts()
+        clean = work.clean()
+        results["clean"] = clean
+        for threat in chosen:
+            result = results[threat.name] = work.threat(threat, clean)
+            parts = {k: int(v) for k, v in result.notes.items()}
+            warning = black_box_wins(parts, len(x))
+            warnings += [] if warning is None else [warning]
+        source = _source(x, y, corruption_files, corrupted, seed, victim.device)
+        for result in work.corruptions(corrupted, source):
+            results[result.name] = result
+    truth = tuple(int(y[i]) for i in shown)
+    names = None if classes is None else tuple(classes)
+    return Report(settings, results, tuple(warnings), truth, names)
+
+
+class Batches:
+    """Runs work in batches, and halves them for good where the memory does not suffice.
+
+    Example:
+        >>> batches = Batches(4)
+        >>> list(batches.of(10))
+        [(0, 4), (4, 8), (8, 10)]
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {size}.")
+        self.size = size
+
+    def of(self, count: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of each batch; the size may change in between."""
+        begin = 0
+        while begin < count:
+            end = min(begin + self.size, count)
+            yield begin, end
+            begin = end
+
+    def run(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Do the work on every batch, again in smaller ones where it did not fit."""
+        done = 0
+        while done < count:
+            end = min(done + self.size, count)
+            try:
+                work(done, end)
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size = max(1, min(self.size, end - done) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            done = end
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and the images that it is shown."""
+
+    victim: Victim
+    x: Tensor
+    y: Tensor
+    shown: list[int]
+    seed: int
+    batches: Batches
+    store: Store
+    display: Display
+
+    def doubts(self) -> list[str]:
+        """Warnings, from as many of the first images as fit."""
+        few = min(_DOUBTED, self.batches.size)
+        while True:
+            try:
+                place = self.victim.device
+                return doubts(
+                    self.victim, self.x[:few].to(place), self.y[:few].to(place), self.seed
+                )
+            except torch.OutOfMemoryError:
+                if few == 1:
+                    raise
+                few = self.batches.size = few // 2
+
+    def clean(self) -> Result:
+        """The accuracy without any threat."""
+        return self._kept("clean", "", 0) or self._keep(
+            Result("clean", "clean", "clean", "", 0, "", "", 0.0),
+            lambda begin, end: (self.x[begin:end], {}),
+            range(len(self.x)),
+        )
+
+    def threat(self, threat: Threat, clean: Result) -> Result:
+        """What an attack leaves of what was right."""
+        kept = self._kept(threat.name, threat.budget, threat.steps)
+        if kept is not None:
+            return kept
+        right = [i for i, c in enumerate(clean.correct) if c == "1"]
+
+        def attack(begin: int, end: int) -> tuple[Tensor, dict[str, Tensor]]:
+            places = right[begin:end]
+            x, y = (t[places].to(self.victim.device) for t in (self.x, self.y))
+            draws = Draws(self.seed, threat.name, places, x.device)
+            found = threat.attack(self.victim, x, y, draws)
+            return found.images, dict(found.right)
+
+        empty = Result(
+            threat.name,
+            threat.title,
+            threat.kind,
+            threat.budget,
+            threat.steps,
+            threat.reference,
+            "",
+        )
+        return self._keep(empty, attack, right)
+
+    def corruptions(self, names: Sequence[str], source: Source) -> Iterator[Result]:
+        """The accuracy under each corruption at each severity."""
+        for name in names:
+            for severity in _SEVERITIES:
+                title = f"{name}/{severity}"
+                budget = f"severity {severity}"
+                kept = self._kept(title, budget, 0)
+                if kept is None:
+                    empty = Result(title, name.replace("_", " "), "corruption", budget, 0, "", "")
+
+                    def look(
+                        begin: int, end: int, name: str = name, severity: int = severity
+                    ) -> tuple[Tensor, dict[str, Tensor]]:
+                        pixels = source(name, severity, begin, end)
+                        return pixels.to(self.victim.device).float() / 255, {}
+
+                    kept = self._keep(
+                        empty, look, range(len(self.x)), draw=severity == _SHOWN_SEVERITY
+                    )
+                yield kept
+
+    def _kept(self, name: str, budget: str, steps: int) -> Result | None:
+        kept = self.store.get(name, budget, steps)
+        if kept is not None:
+            self.display.reuse(kept)
+        return kept
+
+    def _keep(
+        self,
+        empty: Result,
+        make: Callable[[int, int], tuple[Tensor, dict[str, Tensor]]],
+        places: Sequence[int],
+        draw: bool = True,
+    ) -> Result:
+        """Ask the model for the images that ``make`` makes, at ``places`` of the data."""
+        correct = ["0"] * len(self.x)
+        notes: dict[str, float] = {}
+        pictures = {i: self.x[i] for i in self.shown} if draw else {}
+        seen: dict[int, int] = {}
+        started = time.perf_counter()
+        wanted = set(self.shown) if draw else set()
+
+        def step(begin: int, end: int) -> None:
+            with self.victim.frozen():
+                images, parts = make(begin, end)
+                predictions = self.victim.predict(images.to(self.victim.device)).cpu()
+            images = images.cpu()
+            for row, place in enumerate(places[begin:end]):
+                correct[place] = "1" if predictions[row] == self.y[place] else "0"
+                if place in wanted:
+                    pictures[place], seen[place] = images[row], int(predictions[row])
+            for name, right in parts.items():
+                notes[name] = notes.get(name, 0) + int(right.sum())
+            self.display.advance(end - begin)
+
+        self.display.start(empty, len(places))
+        self.batches.run(len(places), step)
+        missing = [i for i in self.shown if draw and i not in seen]
+        if missing:  # wrong before any attack
+            with self.victim.frozen():
+                guesses = self.victim.predict(self.x[missing].to(self.victim.device)).tolist()
+            seen.update(zip(missing, guesses, strict=True))
+        result = Result(
+            empty.name, empty.title, empty.kind, empty.budget, empty.steps, empty.reference,
+            "".join(correct), round(time.perf_counter() - started, 2), notes,
+            tuple(to_png(pictures[i]) for i in self.shown) if draw else (),
+            tuple(seen[i] for i in self.shown) if draw else (),
+        )  # fmt: skip
+        self.store.put(result)
+        self.display.finish(result)
+        return result
+
+
+Source = Callable[[str, int, int, int], Tensor]
+
+
+def _source(
+    x: Tensor, y: Tensor, folder: str | Path | None, names: Sequence[str], seed: int,
+    device: torch.device,
+) -> Source:  # fmt: skip
+    pixels = (x * 255).round().byte() if names else x
+    if folder is None or not names:
+        return lambda name, severity, begin, end: corrupt(
+            pixels[begin:end], name, severity, seed=seed, first=begin, device=device
+        )
+    files = CorruptionFiles(folder)
+    for name in names:
+        files.ensure(name, pixels, y, seed=seed, device=device)
+
+    def read(name: str, severity: int, begin: int, end: int) -> Tensor:
+        images, truth = files.read(name, severity, begin, end)
+        if not torch.equal(truth, y[begin:end].to(truth)):
+            raise ValueError(
+                f"the labels in {folder} are not those of these images: it belongs to other data."
+            )
+        return images
+
+    return read
+
+
+def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels in [0, 1] and classes, on the CPU."""
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        images = images.float() / 255
+    check_images(images)
+    target = as_target(labels, len(images), values=True)
+    if target.ndim != 1:
+        raise ValueError("labels must be classes (N,): probabilities have no right or wrong.")
+    if len(images) == 0:
+        raise ValueError("there are no images to evaluate on.")
+    low, high = (float(v) for v in images.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"the images have values from {low:.3g} to {high:.3g}: pass pixels in [0, 1] or uint8, "
+            "and the model's normalisation as mean= and std=."
+        )
+    return images.detach().float().cpu(), target.cpu()
+
+
+def _first_logits(victim: Victim, x: Tensor) -> Tensor:
+    with victim.frozen():
+        try:
+            return victim(x.to(victim.device)).detach()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            size = "x".join(map(str, x.shape[1:]))
+            raise ValueError(f"the model does not take images of {size}: {error}") from error
+
+
+def _threats(
+    threats: Sequence[str | Threat], flow: Manifold | None, shape: Sequence[int]
+) -> list[Threat]:
+    if isinstance(threats, str):
+        raise TypeError(f"threats must be a list, as in [{threats!r}].")
+    found: dict[str, Threat] = {}
+    for threat in threats:
+        members = [threat] if isinstance(threat, Threat) else select_threats([threat], flow, shape)
+        for member in members:
+            found.setdefault(member.name, member)
+    return list(found.values())
+
+
+def _corruptions(names: Sequence[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"corruptions must be a list, as in [{names!r}].")
+    groups = {"standard": STANDARD, "all": (*STANDARD, *EXTRA)}
+    found = [member for name in names for member in groups.get(name, (name,))]
+    for name in found:
+        if name not in CORRUPTIONS:
+            raise ValueError(
+                f"there is no corruption {name!r}; there are {', '.join(CORRUPTIONS)}."
+            )
+    return list(dict.fromkeys(found))
+
+
+def _one_of_each(y: Tensor) -> list[int]:
+    """The first image of some classes."""
+    classes = sorted(set(y.tolist()))[:_SHOWN]
+    return [int((y == c).nonzero()[0]) for c in classes]
+
+
+def _weights(flow: object) -> object:
+    inner = getattr(flow, "flow", None)
+    return flow if isinstance(flow, torch.nn.Module) or inner is None else inner

@@ -1,0 +1,110 @@
+"""A folder with one file for each finished threat: an evaluation that was stopped goes on there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..attack.model import Model
+from ..flows.files import write_atomically
+from .report import Result, read_result
+
+__all__ = ["Store", "fingerprint"]
+
+_SETTINGS = "settings.json"
+
+
+class Store:
+    """Results on disk, which are only reused with the same model, data and settings.
+
+    Args:
+        folder: Made when it is missing; None keeps nothing.
+        settings: What the results depend on, as JSON takes it.
+        overwrite: Forget what other settings left there.
+
+    Example:
+        >>> import tempfile
+        >>> clean = Result("clean", "clean", "clean", "", 0, "", "1110")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     Store(place, {"seed": 0}).put(clean)
+        ...     Store(place, {"seed": 0}).get("clean", "", 0) == clean
+        True
+    """
+
+    def __init__(
+        self, folder: str | Path | None, settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        place = self.folder / _SETTINGS
+        before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
+        wanted = json.loads(json.dumps(dict(settings)))
+        if before is not None and before != wanted:
+            if not overwrite:
+                other = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+                raise ValueError(
+                    f"{self.folder} holds results of another {', '.join(other)}: choose another "
+                    "folder, or pass overwrite=True (--overwrite)."
+                )
+            for file in self.folder.glob("result-*.json"):
+                file.unlink()
+        if before != wanted:
+            write_atomically(place, (json.dumps(wanted, indent=1) + "\n").encode())
+
+    def get(self, name: str, budget: str, steps: int) -> Result | None:
+        """The result of a threat with this budget, if there is one."""
+        file = self._file(name, budget, steps)
+        if file is None or not file.is_file():
+            return None
+        return read_result(json.loads(file.read_text(encoding="utf-8")))
+
+    def put(self, result: Result) -> None:
+        """Keep a result."""
+        file = self._file(result.name, result.budget, result.steps)
+        if file is not None:
+            write_atomically(file, json.dumps(asdict(result)).encode())
+
+    def _file(self, name: str, budget: str, steps: int) -> Path | None:
+        if self.folder is None:
+            return None
+        words = f"{name}-{budget}-{steps}"
+        plain = "".join(c if c.isalnum() else "-" for c in name)
+        return self.folder / f"result-{plain}-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
+
+
+def fingerprint(*things: Any) -> str:
+    """A short sum of tensors, modules and plain values, which tells whether they changed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> before = fingerprint(model)
+        >>> _ = torch.nn.init.ones_(model.bias)
+        >>> fingerprint(model) == before, len(before)
+        (False, 16)
+    """
+    import torch
+
+    summed = hashlib.sha256()
+    for thing in things:
+        tensors: Mapping[str, Any] = {}
+        if isinstance(thing, torch.nn.Module):
+            tensors = thing.state_dict()
+        elif isinstance(thing, torch.Tensor):
+            tensors = {"tensor": thing}
+        else:
+            summed.update(_plain(thing).encode())
+        for name, tensor in tensors.items():
+            summed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            summed.update(flat.view(torch.uint8).numpy().tobytes())
+    return summed.hexdigest()[:16]
+
+
+def _plain(thing: Model | Any) -> str:
+    return getattr(thing, "__qualname__", None) or repr(thing)

@@ -1,0 +1,174 @@
+"""The report as rows: what the terminal, Markdown and HTML show alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from .report import Kind, Report, Result, Share, wilson
+
+__all__ = ["Row", "rows"]
+
+_HEADINGS: tuple[tuple[Kind, str], ...] = (
+    ("clean", "Clean"),
+    ("lp", "Bounded in pixels"),
+    ("manifold", "On the manifold"),
+    ("unseen", "Unseen threats"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        part: Of the table, for a heading.
+        title: What was done to the images.
+        budget: How far.
+        steps: Of the attack, or nothing.
+        accuracy: With its 95 % interval; of the mean of corruptions the value alone.
+        change: Against another report on the same images, with its 95 % interval.
+        source: Reference.
+        strong: Whether it sums up the rows before.
+
+    Example:
+        >>> row = Row("Clean", "clean", "", "", Share(0.75, 0.4, 0.9))
+        >>> row.percent, row.interval
+        ('75.0', '40.0 – 90.0')
+    """
+
+    part: str
+    title: str
+    budget: str
+    steps: str
+    accuracy: Share
+    change: Share | None = None
+    source: str = ""
+    strong: bool = False
+
+    @property
+    def percent(self) -> str:
+        """The accuracy in percent."""
+        return f"{100 * self.accuracy.value:.1f}"
+
+    @property
+    def interval(self) -> str:
+        """Its interval, where there is one."""
+        _, low, high = self.accuracy
+        return "" if math.isnan(low) else f"{100 * low:.1f} – {100 * high:.1f}"
+
+    @property
+    def difference(self) -> str:
+        """The change in points, and half of its interval."""
+        if self.change is None:
+            return ""
+        value, low, high = (100 * v for v in self.change)
+        half = "" if math.isnan(low) else f" ± {(high - low) / 2:.1f}"
+        return f"{value:+.1f}{half}"
+
+
+def rows(report: Report, against: Report | None = None) -> list[Row]:
+    """The table, from clean images to corruptions.
+
+    Args:
+        report: What was found.
+        against: Of another model on the same images: adds the change.
+
+    Example:
+        >>> clean = Result("clean", "clean", "clean", "", 0, "", "1110")
+        >>> linf = Result("linf", "PGD L∞", "lp", "8/255", 50, "", "1010")
+        >>> found = Report({}, {"clean": clean, "linf": linf})
+        >>> [(row.title, row.percent) for row in rows(found)]
+        [('clean', '75.0'), ('PGD L∞', '50.0'), ('worst case of 1 attack', '50.0')]
+    """
+    _same_images(report, against)
+    found = []
+    for kind, part in _HEADINGS:
+        results = report.of_kind(kind)
+        found += [_row(part, result, against) for result in results]
+        if kind == "unseen" and len(results) > 1:
+            found.append(_union(report, against, part, "worst case of the unseen", "unseen"))
+    attacks = report.of_kind("lp", "manifold", "unseen")
+    if attacks:
+        count = f"{len(attacks)} attack" + "s" * (len(attacks) > 1)
+        found.append(_union(report, against, "Altogether", f"worst case of {count}"))
+    return found + _corruptions(report, against)
+
+
+def _row(part: str, result: Result, against: Report | None) -> Row:
+    other = None if against is None else against.results.get(result.name)
+    if other is not None and (other.budget, other.steps) != (result.budget, result.steps):
+        other = None
+    change = None if other is None else _paired(result.correct, other.correct)
+    steps = str(result.steps) if result.steps else ""
+    return Row(part, result.title, result.budget, steps, result.accuracy, change, result.reference)
+
+
+def _union(report: Report, against: Report | None, part: str, title: str, *kinds: Kind) -> Row:
+    names = {r.name for r in report.of_kind(*(kinds or ("lp", "manifold", "unseen")))}
+    change = None
+    if against is not None and names <= set(against.results):
+        same = Report({}, {n: r for n, r in against.results.items() if n in names | {"clean"}})
+        change = _paired(_worst(report, kinds), _worst(same, kinds))
+    return Row(part, title, "", "", report.union(*kinds), change, strong=True)
+
+
+def _worst(report: Report, kinds: tuple[Kind, ...]) -> str:
+    attacks = report.of_kind(*(kinds or ("lp", "manifold", "unseen")))
+    lines = [result.correct for result in (*report.of_kind("clean"), *attacks)]
+    return "".join("01"[all(c == "1" for c in image)] for image in zip(*lines, strict=True))
+
+
+def _corruptions(report: Report, against: Report | None) -> list[Row]:
+    part = "Corruptions (mean of the severities)"
+    results = report.of_kind("corruption")
+    if not results:
+        return []
+    others = {} if against is None else {r.name: r for r in against.of_kind("corruption")}
+    found = []
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.title, []).append(result)
+    for title, group in groups.items():
+        right = "".join(r.correct for r in group)
+        pair = [others[r.name].correct for r in group if r.name in others]
+        change = _paired(right, "".join(pair)) if len(pair) == len(group) else None
+        share = _clustered([r.correct for r in group])
+        found.append(Row(part, title, f"{len(group)} severities", "", share, change))
+    mean = Share(fmean(row.accuracy.value for row in found), math.nan, math.nan)
+    changes = [row.change.value for row in found if row.change is not None]
+    change = None
+    if len(changes) == len(found):
+        change = Share(fmean(changes), math.nan, math.nan)
+    title = f"mean of {len(found)} (mCE {100 * (1 - mean.value):.1f})"
+    return [*found, Row(part, title, "", "", mean, change, strong=True)]
+
+
+def _clustered(lines: list[str]) -> Share:
+    """A share whose interval counts images, not their five severities."""
+    count = len(lines[0])
+    means = [fmean(c == "1" for c in image) for image in zip(*lines, strict=True)]
+    share = fmean(means)
+    if len(lines) == 1:
+        return wilson(lines[0].count("1"), count)
+    spread = math.sqrt(sum((m - share) ** 2 for m in means) / max(count - 1, 1) / count)
+    return Share(share, max(0.0, share - 1.96 * spread), min(1.0, share + 1.96 * spread))
+
+
+def _paired(right: str, other: str) -> Share:
+    """The difference of two shares of the same images."""
+    count = len(right)
+    gained = sum(a > b for a, b in zip(right, other, strict=True))
+    lost = sum(a < b for a, b in zip(right, other, strict=True))
+    change = (gained - lost) / count
+    spread = math.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0)) / count
+    return Share(change, change - 1.96 * spread, change + 1.96 * spread)
+
+
+def _same_images(report: Report, against: Report | None) -> None:
+    if against is None:
+        return
+    ours, theirs = report.settings.get("data"), against.settings.get("data")
+    if ours != theirs:
+        raise ValueError("the two reports are of different images and cannot be compared.")

@@ -1,0 +1,241 @@
+"""Threats: what may be done to an image, and how far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attack.ascent import Landscape, ascend
+from ..attack.balls import Norm, unit_ball
+from ..attack.objectives import cross_entropy
+from ..flows.calibration import recommended_eta
+from ..flows.manifold import Manifold
+from ..flows.pyramid import at_size
+from ..transforms.functional import joint_space_adv
+from .autoattack import auto_attack
+from .draws import Draws
+from .report import Kind
+from .spaces import SPACES, Space
+from .victim import Found, Victim
+
+__all__ = ["GROUPS", "Threat", "make_threat", "select_threats"]
+
+_FOOLED = 1000.0
+
+
+Attack = Callable[[Victim, Tensor, Tensor, Draws], Found]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """A threat: name, budget, steps, where they come from, and the attack itself.
+
+    Attributes:
+        name: On the command line and in reports.
+        title: In tables.
+        kind: ``"lp"``, ``"manifold"`` or ``"unseen"``: the part of the table.
+        budget: For people.
+        steps: Of the attack.
+        reference: Where attack and budget come from.
+        attack: ``(victim, pixels, labels, draws) -> Found``, of images that the model gets right.
+
+    Example:
+        >>> make_threat("linf=4/255@20")
+        Threat('linf', budget='4/255', steps=20)
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    budget: str
+    steps: int
+    reference: str
+    attack: Attack = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"Threat({self.name!r}, budget={self.budget!r}, steps={self.steps})"
+
+
+def fooling(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, and a constant more where the model is wrong: what an attack should keep.
+
+    Its gradient is that of the cross-entropy, but no image that fools the model is given up for one
+    of larger loss that does not.
+
+    Example:
+        >>> fooling(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])).round()
+        tensor([   0., 1002.])
+    """
+    return cross_entropy(logits, labels) + _FOOLED * (logits.argmax(1) != labels)
+
+
+def pgd(norm: Norm, eps: float, steps: int) -> Attack:
+    """PGD in pixels, from a random start."""
+    return joint(None, norm, eps, 0.0, steps)
+
+
+def joint(flow: Manifold | None, norm: Norm, eps: float, eta: float, steps: int) -> Attack:
+    """The joint-space attack, from a random start."""
+
+    def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
+        manifold = None if flow is None else _at(flow, x)
+        latent_start = None
+        if manifold is not None:
+            latent_start = eta * (2 * draws.uniform((len(x), manifold.latent_dim)) - 1)
+        pixel_start = eps * unit_ball(norm, tuple(x.shape), draws.uniform, draws.normal)
+        images = joint_space_adv(
+            x, y, victim, manifold, eps=eps, eta=eta, norm=norm, steps=steps, objective=fooling,
+            best=True, pixel_start=pixel_start if eps else None, latent_start=latent_start,
+            check_values=False,
+        )  # fmt: skip
+        return Found(images)
+
+    return attack
+
+
+def unseen(space: Space, budget: float, steps: int) -> Attack:
+    """Ascent in another space than that of pixels."""
+
+    def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
+        picture, variables = space(x, budget, steps, draws.uniform)
+        found = ascend(Landscape(picture, victim, fooling, y), variables, best=True)
+        sound = found.finite.reshape(-1, 1, 1, 1)
+        return Found(torch.where(sound, found.image, x))
+
+    return attack
+
+
+def make_threat(
+    text: str, flow: Manifold | None = None, shape: Sequence[int] = (3, 32, 32)
+) -> Threat:
+    """A threat from its name, as in ``"linf"``, ``"l2=0.5"``, ``"jsa=4/255@20"``.
+
+    Args:
+        text: ``name[=budget][@steps]``. The budget of ``om`` is eta, that of ``jsa`` eps.
+        flow: For ``om`` and ``jsa``; its calibration tells their eta.
+        shape: ``(C, H, W)`` of the images: an L2 budget that is not given is 1 for 3x32x32, and
+            grows with the root of the number of values.
+
+    Example:
+        >>> make_threat("stadv").budget, make_threat("l2", shape=(3, 224, 224)).budget
+        ('0.05', '7')
+    """
+    head, _, steps_text = text.partition("@")
+    name, _, budget_text = head.partition("=")
+    if name not in NAMES:
+        raise ValueError(f"there is no threat {name!r}; there are {', '.join(NAMES)}.")
+    budget = _number(budget_text) if budget_text else None
+    if steps_text and not (steps_text.isdecimal() and int(steps_text) > 0):
+        raise ValueError(f"steps after '@' must be a number > 0, got {steps_text!r}.")
+    steps = int(steps_text) if steps_text else None
+    if name in ("linf", "l2", "autoattack", "autoattack_l2"):
+        return _lp(name, budget, steps, shape)
+    if name in ("om", "jsa"):
+        return _manifold(name, budget, steps, flow)
+    info = SPACES[name]
+    budget, steps = budget if budget is not None else info.budget, steps or info.steps
+    # Whether it can be made of such images shows now, not after the threats before it.
+    info.space(torch.zeros(1, *shape), budget, steps, Draws(0, name, [0]).uniform)
+    attack = unseen(info.space, budget, steps)
+    return Threat(name, TITLES[name], "unseen", f"{budget:g}", steps, info.reference, attack)
+
+
+def select_threats(
+    names: Sequence[str], flow: Manifold | None = None, shape: Sequence[int] = (3, 32, 32)
+) -> list[Threat]:
+    """Threats by name or by group; a group leaves out what needs a flow where there is none.
+
+    Example:
+        >>> [threat.name for threat in select_threats(["quick"])]
+        ['linf', 'l2']
+        >>> [threat.name for threat in select_threats(["linf=2/255", "fog"])]
+        ['linf', 'fog']
+    """
+    found: dict[str, Threat] = {}
+    for name in names:
+        members = GROUPS.get(name, (name,))
+        if name in GROUPS and flow is None:
+            members = tuple(m for m in members if m not in ("om", "jsa"))
+        for member in members:
+            threat = make_threat(member, flow, shape)
+            found.setdefault(threat.name, threat)
+    return list(found.values())
+
+
+def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]) -> Threat:
+    norm: Norm = "l2" if name.endswith("l2") else "linf"
+    usual = {"linf": 8 / 255, "l2": math.sqrt(math.prod(shape) / 3072)}
+    eps = usual[norm] if budget is None else budget
+    shown = _show(eps) if norm == "linf" else f"{eps:.3g}"
+    title = f"{'L2' if norm == 'l2' else 'L∞'}"
+    if name.startswith("autoattack"):
+        if steps is not None:
+            raise ValueError("AutoAttack has fixed numbers of steps: leave '@...' out.")
+        return Threat(
+            name, f"AutoAttack {title}", "lp", shown, 100, "Croce and Hein, 2020 (standard)",
+            auto_attack(norm, eps),
+        )  # fmt: skip
+    count = steps or 50
+    return Threat(
+        name, f"PGD {title}", "lp", shown, count, "Madry et al., 2018", pgd(norm, eps, count)
+    )
+
+
+def _manifold(name: str, budget: float | None, steps: int | None, flow: Manifold | None) -> Threat:
+    if flow is None:
+        raise ValueError(f"{name!r} moves along a manifold: give a flow.")
+    base: Any = getattr(flow, "flow", flow)
+    eta = budget if name == "om" and budget is not None else recommended_eta(base, "linf")
+    count = steps or 50
+    if name == "om":
+        return Threat(
+            name, "on manifold (OM-PGD)", "manifold", f"η {eta:.3g}", count,
+            "Lin et al., 2020", joint(flow, "linf", 0.0, eta, count),
+        )  # fmt: skip
+    eps = budget if budget is not None else 8 / 255
+    return Threat(
+        name, "joint space (JSA)", "manifold", f"{_show(eps)}, η {eta:.3g}", count,
+        "Lau et al., 2023", joint(flow, "linf", eps, eta, count),
+    )  # fmt: skip
+
+
+def _at(flow: Manifold, x: Tensor) -> Manifold:
+    move = getattr(flow, "to", None)
+    placed: Manifold = flow if move is None else move(x.device)
+    return at_size(placed, (x.shape[2], x.shape[3]))
+
+
+def _show(eps: float) -> str:
+    levels = eps * 255
+    return f"{levels:g}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def _number(text: str) -> float:
+    top, _, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{text!r} is no budget; write for example 0.03 or 8/255.") from error
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"a budget must be a number >= 0, got {text}.")
+    return value
+
+
+TITLES = {
+    "stadv": "StAdv", "recolor": "ReColor", "elastic": "Elastic", "jpeg_linf": "JPEG L∞",
+    "jpeg_l1": "JPEG L1", "fog": "Fog", "snow": "Snow", "gabor": "Gabor", "lpips": "LPIPS",
+}  # fmt: skip
+NAMES = ("linf", "l2", "autoattack", "autoattack_l2", "om", "jsa", *SPACES)
+# LPIPS needs an extra and weights, so that only who asks for it by name gets it.
+UNSEEN = tuple(name for name in SPACES if name != "lpips")
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "quick": ("linf", "l2", "om", "jsa"),
+    "standard": ("linf", "l2", "autoattack", "om", "jsa"),
+    "unseen": UNSEEN,
+    "all": ("linf", "l2", "autoattack", "om", "jsa", *UNSEEN),
+}

@@ -1,0 +1,84 @@
+"""The model that is evaluated, as a function from pixels to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.model import Model, ModelHandle
+from ..transforms.scale import Scale
+
+__all__ = ["Found", "Victim"]
+
+
+class Found(NamedTuple):
+    """What an attack made of a batch.
+
+    Attributes:
+        images: ``(B, C, H, W)`` in [0, 1].
+        right: ``(B,)`` after each of its parts, whether the model was still right.
+    """
+
+    images: Tensor
+    right: Mapping[str, Tensor] = {}
+
+
+class Victim:
+    """A model on pixels in [0, 1]: in eval mode, in full precision, frozen, and as it was later.
+
+    Args:
+        model: A module, or any callable from images to logits.
+        mean: Of the normalisation that the model expects.
+        std: Of the same.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).train()
+        >>> victim = Victim(model, mean=0.5, std=0.25)
+        >>> with victim.frozen():
+        ...     victim(torch.rand(3, 1, 2, 2)).shape, model.training
+        (torch.Size([3, 2]), False)
+        >>> model.training
+        True
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+    ) -> None:
+        self.handle = ModelHandle(model)
+        self.scale = Scale.of(mean, std)
+
+    @property
+    def model(self) -> Model:
+        """The model itself, without wrappers."""
+        assert self.handle.model is not None
+        return self.handle.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        model = self.model
+        tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While it is asked."""
+        device = self.device
+        with self.handle.frozen(device), torch.autocast(device.type, enabled=False):
+            yield
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits; call it under :meth:`frozen`."""
+        return self.handle(self.scale.to_model(pixels))
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor) -> Tensor:
+        """Classes."""
+        return self(pixels).argmax(1)

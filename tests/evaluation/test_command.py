@@ -1,0 +1,196 @@
+"""``ijsat-aug evaluate``, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18
+from typer.testing import CliRunner, Result
+
+from benchmarks.real_data import cifar10
+from ijsat_aug.cli import app
+from ijsat_aug.evaluation import Report
+
+CODE = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Dropout(0.1), nn.Flatten(), nn.Linear(512, 10),
+    )
+
+def pooled():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10))
+"""
+
+
+@pytest.fixture
+def place(net, tmp_path: Path) -> Path:
+    """A folder with a model's code and weights."""
+    (tmp_path / "net.py").write_text(CODE)
+    save_file(net.state_dict(), tmp_path / "good.safetensors")
+    worse = {
+        k: v + 0.3 * torch.randn_like(v) if v.ndim == 4 else v for k, v in net.state_dict().items()
+    }
+    torch.save(worse, tmp_path / "worse.pth")
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "140"})
+
+
+def test_a_user_evaluates_two_models_and_compares_them(place) -> None:
+    shared = (
+        "--model", f"{place}/net.py:make", "--flow", "digits", "--limit", 60, "--quiet",
+        "--threats", "linf=0.1@5,om@5,fog@3", "--corruptions", "contrast,fog",
+    )  # fmt: skip
+    result = run(
+        "digits", "--weights", place / "worse.pth", "--json", place / "worse.json", *shared
+    )
+    assert result.exit_code == 0, result.output
+    files = {kind: place / f"good.{kind}" for kind in ("json", "md", "html")}
+    result = run(
+        "digits", "--weights", place / "good.safetensors", "--out", place / "state",
+        "--against", place / "worse.json", "--json", files["json"], "--markdown", files["md"],
+        "--html", files["html"], *shared,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in (
+        "good, 60 images, against worse",
+        "PGD L∞",
+        "on manifold",
+        "worst case of 3",
+        "mCE",
+    ):
+        assert words in result.output, words
+    report = Report.load(files["json"])
+    assert report.settings["images"] == 60
+    assert report.accuracy("clean") > 0.9 > report.accuracy("linf")
+    lines = files["md"].read_text().splitlines()
+    assert sum(line.startswith("| fog |") for line in lines) == 1
+    assert any(line.startswith("| clean |") and "+" in line for line in lines)
+    assert files["html"].read_text().count("<img") > 20
+    assert len(list((place / "state").glob("result-*.json"))) == 1 + 3 + 10
+
+    again = run(
+        "digits", "--weights", place / "worse.pth", "--out", place / "state", *shared,
+    )  # fmt: skip
+    assert again.exit_code == 1
+    assert "results of another model:" in " ".join(again.output.split())
+
+
+def test_the_bars_say_what_is_going_on(place) -> None:
+    result = run(
+        "digits", "--model", f"{place}/net.py:make", "--weights", place / "good.safetensors",
+        "--limit", 20, "--threats", "linf@2", "--corruptions", "none",
+    )  # fmt: skip
+    assert "images/s" in result.output
+    assert "right" in result.output
+    assert "upper bounds" in " ".join(result.output.split())
+
+
+def test_a_folder_of_images_and_a_torchvision_model(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=3)
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "checkpoint.pth")
+    for kind in ("cat", "dog", "owl"):
+        for i in range(4):
+            path = tmp_path / "images" / kind / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(noise).save(path)
+    result = run(
+        tmp_path / "images", "--model", "resnet18", "--weights", tmp_path / "checkpoint.pth",
+        "--size", 36, "--limit", 6, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
+        "--threats", "linf=1/255@1", "--corruptions", "jpeg_compression", "--quiet",
+        "--html", tmp_path / "a.html", "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = Report.load(tmp_path / "a.json")
+    assert report.truth == (0, 1, 2)  # evenly spaced: all classes are there
+    assert report.classes == ("cat", "dog", "owl")
+    assert "owl" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.data
+def test_official_files_of_corruptions(place) -> None:
+    """A folder in CIFAR-10-C's layout that others wrote: five severities, one behind the other."""
+    x, y = (t[:40] for t in cifar10(train=False))
+    np.savez(place / "cifar.npz", images=x.numpy(), labels=y.numpy())
+    official = place / "CIFAR-10-C"
+    official.mkdir()
+    shades = [(x.float() / s).byte().permute(0, 2, 3, 1).numpy() for s in (1, 2, 3, 4, 5)]
+    np.save(official / "contrast.npy", np.concatenate(shades))
+    np.save(official / "labels.npy", np.tile(y.numpy(), 5))
+    shared = (
+        place / "cifar.npz", "--model", f"{place}/net.py:pooled", "--threats", "none", "--quiet",
+    )  # fmt: skip
+    result = run(
+        *shared, "--corruptions", "contrast", "--corruption-files", official, "--json",
+        place / "a.json", "--weights", _pooled(place),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = Report.load(place / "a.json").results
+    assert found["contrast/1"].correct == found["clean"].correct
+    missing = run(
+        *shared, "--corruptions", "fog", "--corruption-files", official, "--weights", _pooled(place)
+    )
+    assert missing.exit_code == 1
+    assert "fog.npy" in missing.output
+
+
+@pytest.mark.data
+def test_files_of_corruptions_are_written_once(place) -> None:
+    x, y = (t[:30] for t in cifar10(train=False))
+    np.savez(place / "cifar.npz", images=x.numpy(), labels=y.numpy())
+    arguments = (
+        place / "cifar.npz", "--model", f"{place}/net.py:pooled", "--weights", _pooled(place),
+        "--threats", "none", "--quiet", "--corruptions", "gaussian_noise,fog", "--json",
+    )  # fmt: skip
+    plain = run(*arguments, place / "plain.json")
+    cached = run(*arguments, place / "first.json", "--corruption-files", place / "files")
+    assert plain.exit_code == cached.exit_code == 0, cached.output
+    assert np.load(place / "files" / "fog.npy").shape == (150, 32, 32, 3)
+    stamp = (place / "files" / "fog.npy").stat().st_mtime_ns
+    run(*arguments, place / "second.json", "--corruption-files", place / "files")
+    assert (place / "files" / "fog.npy").stat().st_mtime_ns == stamp
+    reports = [Report.load(place / f"{n}.json") for n in ("plain", "first", "second")]
+    for name in reports[0].results:
+        assert len({report.results[name].correct for report in reports}) == 1
+
+
+def _pooled(place: Path) -> Path:
+    torch.manual_seed(0)
+    path = place / "pooled.safetensors"
+    save_file({f"2.{k}": v for k, v in nn.Linear(48, 10).state_dict().items()}, path)
+    return path
+
+
+def test_mistakes_are_one_sentence(place) -> None:
+    model = ("--model", f"{place}/net.py:make", "--weights", place / "good.safetensors", "--quiet")
+    np.savez(place / "bare.npz", images=np.zeros((4, 8, 8), np.uint8))
+    (place / "no.json").write_text(json.dumps({"a": 1}))
+    for arguments, message in (
+        (("digits", *model, "--threats", "magic"), "no threat 'magic'"),
+        (("digits", *model, "--threats", "jsa"), "give a flow"),
+        (("digits", *model, "--corruptions", "rain"), "no corruption 'rain'"),
+        (("digits", *model, "--against", place / "no.json"), "no report"),
+        ((place / "bare.npz", *model), "has no labels"),
+        (("digits", "--model", f"{place}/net.py:pooled"), "does not take images of 1x8x8"),
+        (("nowhere", *model), "neither a file or folder"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert message in " ".join(result.output.split()), result.output
+        assert "Traceback" not in result.output

@@ -1,0 +1,163 @@
+"""Each warning comes for a model that deserves it, and none for one that does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ijsat_aug.evaluation import Victim, doubts, evaluate
+from ijsat_aug.evaluation.credibility import black_box_wins
+
+
+def look(model: nn.Module, digits: Tensor, labels: Tensor) -> str:
+    return " | ".join(doubts(Victim(model), digits[:128], labels[:128]))
+
+
+def test_an_ordinary_network_deserves_none(net, digits, labels) -> None:
+    assert look(net, digits, labels) == ""
+
+
+def test_train_mode(network, digits, labels) -> None:
+    assert "came in train mode" in look(network.train(), digits, labels)
+    assert network.training
+
+
+def test_probabilities(net, digits, labels) -> None:
+    assert "returns probabilities" in look(nn.Sequential(net, nn.Softmax(1)).eval(), digits, labels)
+    assert look(nn.Sequential(net, nn.LogSoftmax(1)).eval(), digits, labels) == ""
+
+
+class Noisy(nn.Module):
+    """A defence that adds noise to every image."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.2 * torch.randn_like(x))
+
+
+def test_a_random_model(net, digits, labels) -> None:
+    assert "The model is random" in look(Noisy(net), digits, labels)
+
+
+def test_a_prediction_that_depends_on_its_batch(net, digits, labels) -> None:
+    norm = nn.BatchNorm2d(16, track_running_stats=False)
+    model = nn.Sequential(net[0], norm, *net[2:]).eval()
+    assert "depends on the other images" in look(model, digits, labels)
+
+
+class Rounded(nn.Module):
+    """A defence that rounds images, through which no gradient goes."""
+
+    def __init__(self, net: nn.Module, levels: int = 4) -> None:
+        super().__init__()
+        self.net, self.levels = net, levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x * self.levels).round() / self.levels)
+
+
+class Detached(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.detach()) + 0 * x.sum()
+
+
+@pytest.mark.parametrize("defence", [Rounded, Detached])
+def test_no_gradient(defence, net, digits, labels) -> None:
+    found = look(defence(net), digits, labels)
+    assert "100% of the images have no gradient" in found
+    assert "half of the whole pixel range" in found
+
+
+class Sharp(nn.Module):
+    """A network whose logits are so large that cross-entropy is flat where it is right."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * self.net(x)
+
+
+def test_a_saturated_model(net, digits, labels) -> None:
+    assert "have no gradient" in look(Sharp(net), digits, labels)
+
+
+class Walled(nn.Module):
+    """A dip in the loss close to every image, which one long step crosses and short ones do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = x.flatten(1).mean(1) - 0.5  # a grey level of 0.5 is right, much brighter is wrong
+        uphill = torch.where(far < 0.005, 100 * far, 1.0 - 100 * far)
+        score = torch.where(far < 0.02, uphill - 5, 400 * (far - 0.02) + 1)
+        return torch.stack([-score, score], 1)
+
+
+def test_fewer_steps_that_are_stronger() -> None:
+    x = torch.full((32, 1, 8, 8), 0.5)
+    warnings = doubts(Victim(Walled().eval()), x, torch.zeros(32, dtype=torch.long))
+    assert any("PGD is stronger with 1 step (" in warning for warning in warnings)
+
+
+class Spiky(nn.Module):
+    """Wrong at most corners of the ball, with a gradient that leads to one where it is right."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__()
+        self.clean = clean
+
+    def forward(self, x: Tensor) -> Tensor:
+        away = (x - self.clean[: len(x)]).flatten(1)
+        at_corner = away.abs().mean(1) > 0.95 * 8 / 255
+        mixed = (away[:, ::2].sign() != away[:, 1::2].sign()).float().mean(1) > 0.25
+        score = torch.where(at_corner & mixed, 5.0, -5.0) + 0.1 * away.mean(1)
+        return torch.stack([-score, score], 1)
+
+
+def test_noise_that_is_stronger_than_gradients(digits) -> None:
+    x = 0.25 + digits[:24] / 2
+    warnings = doubts(Victim(Spiky(x).eval()), x, torch.zeros(24, dtype=torch.long))
+    assert any("Noise of the same size fools 100%" in warning for warning in warnings)
+
+
+class Centred(nn.Module):
+    """Tells the few bright images of a batch from the many dark ones, by BatchNorm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = self.norm(x.flatten(1).mean(1, keepdim=True) - 0.5)
+        return torch.cat([-level, level], 1)
+
+
+def test_robustness_that_depends_on_batch_statistics() -> None:
+    """An attack moves all images alike, and the statistics of the batch take that back."""
+    y = (torch.arange(40) % 10 == 0).long()
+    x = torch.where(y.bool(), 0.59, 0.49)[:, None, None, None].expand(40, 1, 4, 4).clone()
+    model = Centred().eval()
+    found = " ".join(doubts(Victim(model), x, y))
+    assert "10% are right with BatchNorm's running statistics and 100% with those of" in found
+    assert int(model.norm.num_batches_tracked) == 0
+    assert torch.equal(model.norm.running_mean, torch.zeros(1))
+    assert not model.norm.training
+
+
+def test_square_beats_gradients(net, digits, labels) -> None:
+    assert black_box_wins({"APGD-CE": 60, "APGD-T": 50, "FAB-T": 50, "Square": 50}, 100) is None
+    assert black_box_wins({"APGD-CE": 60}, 100) is None
+    found = evaluate(
+        Rounded(net, 16), digits[:12], labels[:12], threats=["autoattack=0.3"], corruptions=[]
+    )
+    notes = found.results["autoattack"].notes
+    assert notes["Square"] < notes["FAB-T"]
+    assert any("an attack without gradients" in warning for warning in found.warnings)

@@ -1,0 +1,137 @@
+"""Numbers, intervals and files of a report."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from ijsat_aug.evaluation import Report, Result, to_html, to_markdown, to_table
+from ijsat_aug.evaluation.pictures import from_png, to_png
+from ijsat_aug.evaluation.report import wilson
+from ijsat_aug.evaluation.table import rows
+
+
+def result(name: str, correct: str, kind: str = "lp", **options) -> Result:
+    return Result(
+        name, name.split("/")[0].upper(), kind, "8/255", 50, "somebody", correct, **options
+    )
+
+
+def report(**correct: str) -> Report:
+    kinds = {"clean": "clean", "linf": "lp", "om": "manifold", "fog": "unseen", "gabor": "unseen"}
+    found = {n: result(n, c, kinds[n]) for n, c in correct.items()}
+    return Report({"name": "net", "images": 8, "data": "d"}, found)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (3, 7), (7, 7), (913, 1000), (1, 10000)])
+def test_intervals_are_those_of_wilson(hits, count) -> None:
+    low, high = binomtest(hits, count).proportion_ci(method="wilson")
+    share = wilson(hits, count)
+    assert share.value == hits / count
+    assert share.low == pytest.approx(low, abs=1e-6)
+    assert share.high == pytest.approx(high, abs=1e-6)
+
+
+def test_the_union_is_the_worst_case_of_each_image() -> None:
+    found = report(clean="11111110", linf="11110000", om="01111110", fog="11100110", gabor="1" * 8)
+    assert found.union().value == 2 / 8  # images 1 and 2
+    assert found.union("unseen").value == 5 / 8
+    lines = {row.title: row.percent for row in rows(found)}
+    assert lines["worst case of the unseen"] == "62.5"
+    assert lines["worst case of 4 attacks"] == "25.0"
+
+
+def test_a_change_is_measured_on_the_same_images() -> None:
+    ours = report(clean="11111111", linf="11111000", fog="11110000")
+    base = report(clean="11111110", linf="11100001", fog="11110000")
+    change = {row.title: row.change for row in rows(ours, base)}
+    assert change["LINF"].value == pytest.approx(1 / 8)  # two gained, one lost
+    gains = torch.tensor([0, 0, 0, 1, 1, 0, 0, -1.0])
+    half = 1.96 * float(gains.std(correction=0)) / 8**0.5
+    assert change["LINF"].high - change["LINF"].value == pytest.approx(half, rel=1e-5)
+    assert change["FOG"].value == change["FOG"].high == 0
+    assert change["worst case of 2 attacks"].value == pytest.approx(1 / 8)
+    other = Report({**base.settings, "data": "e"}, base.results)
+    with pytest.raises(ValueError, match="different images"):
+        rows(ours, other)
+
+
+def test_another_budget_is_not_compared() -> None:
+    ours = report(clean="11", linf="10")
+    weaker = Result("linf", "LINF", "lp", "4/255", 50, "", "11")
+    base = Report(ours.settings, {**ours.results, "linf": weaker})
+    assert {row.title: row.difference for row in rows(ours, base)}["LINF"] == ""
+
+
+def test_corruptions_are_means_of_severities() -> None:
+    found = {"clean": result("clean", "1111", "clean")}
+    for severity, right in enumerate(("1111", "1110", "1100", "1000", "0000"), 1):
+        found[f"fog/{severity}"] = result(f"fog/{severity}", right, "corruption")
+        found[f"snow/{severity}"] = result(f"snow/{severity}", "1111", "corruption")
+    both = Report({"name": "net", "images": 4, "data": "d"}, found)
+    assert both.corruptions() == {"fog": 0.5, "snow": 1.0}
+    assert both.summary()["corruptions"] == 0.75
+    *lines, mean = rows(both)[1:]
+    assert [(row.title, row.percent) for row in lines] == [("FOG", "50.0"), ("SNOW", "100.0")]
+    assert mean.title == "mean of 2 (mCE 25.0)"
+    # Four images of five severities are four images: no interval of twenty.
+    spread = torch.tensor([0.8, 0.6, 0.4, 0.2]).std() / 2
+    assert lines[0].accuracy.high == pytest.approx(0.5 + 1.96 * float(spread), abs=1e-6)
+
+
+def test_files_come_back_as_they_were(tmp_path) -> None:
+    found = report(clean="10", linf="00")
+    pictured = result("linf", "00", pictures=("abc",), seen=(3,), notes={"APGD-CE": 1.0})
+    found = Report(
+        found.settings, {**found.results, "linf": pictured}, ("doubt",), (1,), ("cat", "dog")
+    )
+    found.save(tmp_path / "a.json")
+    assert Report.load(tmp_path / "a.json") == found
+    assert json.loads((tmp_path / "a.json").read_text())["summary"]["linf"] == 0
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match="no report"):
+        Report.load(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99"):
+        Report.load(tmp_path / "c.json")
+
+
+def test_the_page_holds_everything_itself() -> None:
+    clean, dark = torch.rand(3, 8, 8), torch.zeros(3, 8, 8)
+    found = {
+        "clean": result("clean", "1", "clean", pictures=(to_png(clean),), seen=(0,)),
+        "linf": result("linf", "0", pictures=(to_png(dark),), seen=(1,)),
+    }
+    page = to_html(
+        Report(
+            {"name": "<net>", "images": 1, "data": "d"}, found, ("a & b",), (0,), ("<cat>", "dog")
+        )
+    )
+    assert "&lt;net&gt;, 1 images" in page
+    assert "&lt;cat&gt;" in page
+    assert "a &amp; b" in page
+    assert not re.search(r"https?://|<script|<link", page)
+    images = re.findall(r'src="data:image/png;base64,([^"]+)" alt="(\w*)"', page)
+    assert [kind for _, kind in images] == ["", "", "difference"]
+    assert torch.allclose(from_png(images[0][0]), clean, atol=1 / 255)
+    expected = (0.5 + 10 * (dark - clean)).clamp(0, 1)
+    assert (from_png(images[2][0]) - expected).abs().max() < 0.03  # ten times the rounding
+    assert page.count('class="fooled"') == 1
+
+
+def test_who_shows_pgd_alone_is_told() -> None:
+    alone = report(clean="11", linf="10")
+    assert "upper bounds" in to_markdown(alone)
+    assert "upper bounds" in to_html(alone)
+    assert "upper bounds" in to_table(alone).caption
+    both = Report(alone.settings, {**alone.results, "autoattack": result("autoattack", "10")})
+    assert "upper bounds" not in to_markdown(both)
+    assert to_table(both).caption is None
+
+
+def test_large_pictures_are_made_small() -> None:
+    assert max(from_png(to_png(torch.rand(3, 500, 300))).shape) <= 96

@@ -1,0 +1,240 @@
+"""The evaluation itself, on networks that learnt real digits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+from ijsat_aug.evaluation import Found, Threat, evaluate
+from ijsat_aug.functional import joint_space_adv
+
+QUICK = ["linf=0.1@5", "om@3", "fog@3"]
+
+
+def shorter(found) -> dict[str, str]:
+    return {name: result.correct for name, result in found.results.items()}
+
+
+def test_every_kind_of_threat_lowers_the_accuracy(net, digits, labels, flow) -> None:
+    found = evaluate(
+        net, digits, labels, flow=flow, threats=["linf=0.1@10", "om@10", "jsa=0.1@10", "stadv@10"],
+        corruptions=["gaussian_noise"],
+    )  # fmt: skip
+    clean = found.accuracy("clean")
+    with torch.no_grad():
+        assert clean == pytest.approx(float((net(digits).argmax(1) == labels).float().mean()))
+    for name in ("linf", "om", "jsa", "stadv"):
+        assert found.accuracy(name) < clean - 0.02
+        assert all(
+            c <= o
+            for c, o in zip(
+                found.results[name].correct, found.results["clean"].correct, strict=True
+            )
+        )
+    assert found.accuracy("jsa") < min(found.accuracy("linf"), found.accuracy("om"))
+    assert found.union().value <= found.accuracy("jsa")
+    noise = [found.accuracy(f"gaussian_noise/{s}") for s in (1, 2, 3, 4, 5)]
+    assert noise[0] > noise[4]
+    assert found.warnings == ()
+
+
+def test_pgd_is_as_strong_as_that_of_torchattacks(net, digits, labels) -> None:
+    found = evaluate(net, digits, labels, threats=["linf=0.1@20"], corruptions=[])
+    theirs = torchattacks.PGD(net, eps=0.1, alpha=0.0125, steps=20)(digits, labels)
+    with torch.no_grad():
+        accuracy = float((net(theirs).argmax(1) == labels).float().mean())
+    assert found.accuracy("linf") <= accuracy + 0.01  # it keeps the worst image
+    assert found.accuracy("linf") > accuracy - 0.05
+
+
+def test_batches_do_not_matter(net, digits, labels, flow) -> None:
+    def run(size: int):
+        return evaluate(
+            net, digits[:60], labels[:60], flow=flow, threats=QUICK, batch_size=size,
+            corruptions=["impulse_noise"],
+        )  # fmt: skip
+
+    assert shorter(run(60)) == shorter(run(7))
+
+
+def test_the_seed_decides(net, digits, labels) -> None:
+    options = {"threats": ["linf=0.15@1"], "corruptions": ["shot_noise"]}
+    one, same, other = (
+        shorter(evaluate(net, digits, labels, seed=seed, **options)) for seed in (0, 0, 1)
+    )
+    assert one == same
+    assert one["linf"] != other["linf"]
+    assert one["shot_noise/5"] != other["shot_noise/5"]
+    assert one["clean"] == other["clean"]
+
+
+def test_a_normalised_model_is_the_same(net, digits, labels, flow) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * 0.25 + 0.5)
+
+    options = {"threats": QUICK, "corruptions": ["contrast"], "flow": flow}
+    plain = evaluate(net, digits[:80], labels[:80], **options)
+    other = evaluate(Normalised(), digits[:80], labels[:80], mean=0.5, std=0.25, **options)
+    for name, result in plain.results.items():
+        pairs = zip(result.correct, other.results[name].correct, strict=True)
+        assert sum(a != b for a, b in pairs) <= 1, name
+
+
+def test_the_model_and_the_random_state_stay_as_they_were(network, digits, labels, flow) -> None:
+    network.train()
+    network[1].eval()
+    network[0].weight.requires_grad_(False)
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    random = torch.get_rng_state()
+    evaluate(
+        network, digits[:20], labels[:20], flow=flow, corruptions=["frost", "spatter"],
+        threats=["linf@2", "om@2", "gabor@2", "autoattack=0.3"],
+    )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), random)
+    assert network.training
+    assert network[2].training
+    assert not network[1].training
+    assert not network[0].weight.requires_grad
+    assert network[8].weight.requires_grad
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+
+
+class Tight(nn.Module):
+    """A model for whom more than ``most`` images do not fit into memory."""
+
+    def __init__(self, net: nn.Module, most: int) -> None:
+        super().__init__()
+        self.net, self.most, self.sizes = net, most, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.net(x)
+
+
+def test_batches_shrink_until_they_fit(net, digits, labels) -> None:
+    options = {"threats": ["linf=0.1@3"], "corruptions": ["contrast"]}
+    expected = evaluate(net, digits, labels, **options)
+    tight = Tight(net, 20)
+    assert shorter(evaluate(tight, digits, labels, batch_size=200, **options)) == shorter(expected)
+    assert max(tight.sizes[10:]) <= 20  # once too large is enough
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(Tight(net, 0), digits, labels, **options)
+
+
+class Stopped(nn.Module):
+    """A model during whose evaluation somebody loses patience."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.left: float = float("inf")
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.net(x)
+
+
+def test_an_interrupted_evaluation_goes_on(net, digits, labels, tmp_path) -> None:
+    options = {
+        "threats": ["linf=0.1@5", "gabor@5", "fog@5"], "corruptions": ["contrast", "brightness"],
+        "folder": tmp_path / "state",
+    }  # fmt: skip
+    x, y = digits[:50], labels[:50]
+    model = Stopped(net)
+    whole = evaluate(model, x, y, **{**options, "folder": None})
+    all_calls, model.calls = model.calls, 0
+    model.left = all_calls - 14  # in the last attack
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, x, y, **options)
+    kept = sorted(file.name for file in (tmp_path / "state").glob("result-*.json"))
+    assert any("gabor" in name for name in kept)
+    model.left, model.calls = float("inf"), 0
+    again = evaluate(model, x, y, **options)
+    assert shorter(again) == shorter(whole)
+    assert model.calls < all_calls - 10
+    with pytest.raises(ValueError, match=r"results of another data.*--overwrite"):
+        evaluate(model, x[:40], y[:40], **options)
+    assert kept[0] in [file.name for file in (tmp_path / "state").iterdir()]
+    with torch.no_grad():
+        net[0].weight.mul_(1.01)
+    with pytest.raises(ValueError, match="results of another model"):
+        evaluate(model, x, y, **options)
+    fewer = evaluate(model, x[:40], y[:40], overwrite=True, **options)
+    assert len(fewer.results["fog"].correct) == 40
+
+
+def test_a_threat_of_your_own(net, digits, labels) -> None:
+    def darker(victim, x, y, draws) -> Found:
+        return Found(x * 0.2)
+
+    own = Threat("dark", "Darkness", "unseen", "80 %", 1, "here", darker)
+    found = evaluate(net, digits, labels, threats=[own, "linf=0.05@2"], corruptions=[])
+    with torch.no_grad():
+        right = (net(digits).argmax(1) == labels) & (net(digits * 0.2).argmax(1) == labels)
+    assert found.accuracy("dark") == pytest.approx(float(right.float().mean()))
+
+
+def test_pictures_are_of_the_threat_and_of_what_was_wrong_before(net, digits, labels) -> None:
+    wrong = labels.clone()
+    wrong[0] = (labels[0] + 1) % 10
+    found = evaluate(net, digits[:30], wrong[:30], threats=["linf=0.2@5"], corruptions=[])
+    linf, clean = found.results["linf"], found.results["clean"]
+    assert len(linf.pictures) == len(linf.seen) == len(found.truth) == 6
+    first = [int((wrong[:30] == c).nonzero()[0]) for c in sorted(set(wrong[:30].tolist()))[:6]]
+    for place, (one, other) in zip(
+        first, zip(clean.pictures, linf.pictures, strict=True), strict=True
+    ):
+        right = clean.correct[place] == "1"
+        assert (one != other) == right
+
+
+def test_the_attack_is_ours(net, digits, labels, flow) -> None:
+    """What the report says of the joint attack is what ``joint_space_adv`` does."""
+    found = evaluate(net, digits, labels, flow=flow, threats=["jsa=0.1@5"], corruptions=[])
+    moved = joint_space_adv(digits, labels, net, flow, eps=0.1, eta=0.0464, steps=5, best=True)
+    with torch.no_grad():
+        accuracy = float((net(moved).argmax(1) == labels).float().mean())
+    assert found.accuracy("jsa") == pytest.approx(accuracy, abs=0.04)
+
+
+def test_bad_input(net, digits, labels, flow) -> None:
+    x, y = digits[:5], labels[:5]
+    cases = [
+        ({"threats": ["nothing"]}, "no threat 'nothing'"),
+        ({"threats": ["jsa"]}, "give a flow"),
+        ({"threats": ["linf=a"]}, "is no budget"),
+        ({"threats": ["linf@0"]}, "steps after '@'"),
+        ({"threats": ["autoattack@5"]}, "fixed numbers"),
+        ({"corruptions": ["rain"]}, "no corruption 'rain'"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"mean": [0.5, 0.5], "std": [1, 1]}, "2 values"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            evaluate(net, x, y, **{"threats": [], "corruptions": [], **options})
+    with pytest.raises(ValueError, match="pixels in"):
+        evaluate(net, x * 2 - 1, y)
+    with pytest.raises(ValueError, match="5 images and labels"):
+        evaluate(net, x, y[:4])
+    with pytest.raises(ValueError, match="knows the classes"):
+        evaluate(net, x, y + 90)
+    with pytest.raises(ValueError, match="must be classes"):
+        evaluate(net, x, torch.full((5, 10), 0.1))
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(net, x[:0], y[:0])
+    with pytest.raises(TypeError, match="must be a list"):
+        evaluate(net, x, y, threats="linf")
