@@ -143,10 +143,12 @@ def _robustness(name: str, title: str) -> str:
     tables = result["tables"]
     lines = [f"| {title} | budget | {' | '.join(tables)} |", "|:--|:--|" + "--:|" * len(tables)]
     for row in zip(*tables.values(), strict=True):
-        cells = [f"{r['accuracy']:.1f} {r['change'] and '(' + r['change'] + ')'}" for r in row]
+        cells = [f"{r['accuracy']:.1f} ({r['change']})".replace(" ()", "") for r in row]
         if row[0]["part"].startswith("Corruptions") and "mean" not in row[0]["threat"]:
             continue
-        lines.append(f"| {row[0]['threat']} | {row[0]['budget']} | {' | '.join(cells)} |")
+        name = row[0]["threat"].partition(" (mCE")[0]
+        name += " corruptions" if name.startswith("mean") else ""
+        lines.append(f"| {name} | {row[0]['budget']} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(
         f"Accuracy in % on {result['images']} test images, one training each (seed "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,13 +100,13 @@ def evaluate(
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
     store = Store(folder, of_these, overwrite=overwrite)
-    shown = _one_of_each(y)
-    work = Work(victim, x, y, shown, seed, batches, store, Display(progress))
+    work = Work(victim, x, y, seed, batches, store, Display(progress))
     results: dict[str, Result] = {}
     warnings: list[str] = []
     with work.display:
         warnings += work.doubts()
         clean = work.clean()
+        shown = work.shown
         results["clean"] = clean
         for threat in chosen:
             result = results[threat.name] = work.threat(threat, clean)
@@ -166,11 +167,11 @@ class Work:
     victim: Victim
     x: Tensor
     y: Tensor
-    shown: list[int]
     seed: int
     batches: Batches
     store: Store
     display: Display
+    shown: list[int] = field(default_factory=list)
 
     def doubts(self) -> list[str]:
         """Warnings, from as many of the first images as fit."""
@@ -187,12 +188,14 @@ class Work:
                 few = self.batches.size = few // 2
 
     def clean(self) -> Result:
-        """The accuracy without any threat."""
-        return self._kept("clean", "", 0) or self._keep(
-            Result("clean", "clean", "clean", "", 0, "", "", 0.0),
-            lambda begin, end: (self.x[begin:end], {}),
-            range(len(self.x)),
-        )
+        """The accuracy without any threat; tells which images are shown."""
+        kept = self._kept("clean", "", 0)
+        if kept is None:
+            every = range(len(self.x))
+            nothing = Result("clean", "clean", "clean", "", 0, "", "")
+            kept = self._keep(nothing, lambda begin, end: (self.x[begin:end], {}), every)
+        self.shown[:] = _one_of_each(self.y, kept.correct)
+        return replace(kept, **self._drawn({}, {}))
 
     def threat(self, threat: Threat, clean: Result) -> Result:
         """What an attack leaves of what was right."""
@@ -256,10 +259,10 @@ class Work:
         """Ask the model for the images that ``make`` makes, at ``places`` of the data."""
         correct = ["0"] * len(self.x)
         notes: dict[str, float] = {}
-        pictures = {i: self.x[i] for i in self.shown} if draw else {}
+        pictures: dict[int, Tensor] = {}
         seen: dict[int, int] = {}
         started = time.perf_counter()
-        wanted = set(self.shown) if draw else set()
+        wanted = set(self.shown)
 
         def step(begin: int, end: int) -> None:
             with self.victim.frozen():
@@ -276,20 +279,25 @@ class Work:
 
         self.display.start(empty, len(places))
         self.batches.run(len(places), step)
-        missing = [i for i in self.shown if draw and i not in seen]
-        if missing:  # wrong before any attack
-            with self.victim.frozen():
-                guesses = self.victim.predict(self.x[missing].to(self.victim.device)).tolist()
-            seen.update(zip(missing, guesses, strict=True))
-        result = Result(
-            empty.name, empty.title, empty.kind, empty.budget, empty.steps, empty.reference,
-            "".join(correct), round(time.perf_counter() - started, 2), notes,
-            tuple(to_png(pictures[i]) for i in self.shown) if draw else (),
-            tuple(seen[i] for i in self.shown) if draw else (),
+        result = replace(
+            empty, correct="".join(correct), seconds=round(time.perf_counter() - started, 2),
+            notes=notes, **(self._drawn(pictures, seen) if draw else {}),
         )  # fmt: skip
         self.store.put(result)
         self.display.finish(result)
         return result
+
+    def _drawn(self, pictures: dict[int, Tensor], seen: dict[int, int]) -> dict[str, Any]:
+        """The images to show and what they were taken for; clean ones where nothing was done."""
+        missing = [i for i in self.shown if i not in seen]
+        if missing:
+            with self.victim.frozen():
+                guesses = self.victim.predict(self.x[missing].to(self.victim.device)).tolist()
+            seen = seen | dict(zip(missing, guesses, strict=True))
+        return {
+            "pictures": tuple(to_png(pictures.get(i, self.x[i])) for i in self.shown),
+            "seen": tuple(seen[i] for i in self.shown),
+        }
 
 
 Source = Callable[[str, int, int, int], Tensor]
@@ -375,10 +383,14 @@ def _corruptions(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _one_of_each(y: Tensor) -> list[int]:
-    """The first image of some classes."""
-    classes = sorted(set(y.tolist()))[:_SHOWN]
-    return [int((y == c).nonzero()[0]) for c in classes]
+def _one_of_each(y: Tensor, correct: str) -> list[int]:
+    """An image of some classes, where possible one that the model gets right."""
+    found: dict[int, int] = {}
+    for right in ("1", "0"):
+        for place, label in enumerate(y.tolist()):
+            if correct[place] == right:
+                found.setdefault(label, place)
+    return [found[label] for label in sorted(found)][:_SHOWN]
 
 
 def _weights(flow: object) -> object:
