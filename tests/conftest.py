@@ -15,6 +15,9 @@ from ijsat_aug.flows.data import load_images
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.glow import GlowConfig, build_glow
 
+# One thread for each of pytest's processes: two that share the cores wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -1,7 +1,7 @@
 """What the augmentations buy, on networks that the repository's own examples train.
 
-Run:  python benchmarks/robustness/evaluate.py digits                   (15 minutes on two cores)
-      IJSAT_DATA=... python benchmarks/robustness/evaluate.py cifar10   (an hour and a half)
+Run:  python benchmarks/robustness/evaluate.py digits                   (ten minutes on two cores)
+      IJSAT_DATA=... python benchmarks/robustness/evaluate.py cifar10   (an hour)
 
 ``digits``: the four networks of ``ijsat-aug demo``. ``cifar10``: ``examples/train_torchvision.py``
 on 5,000 images, as it stands and without its one line. Everything goes through ``ijsat-aug

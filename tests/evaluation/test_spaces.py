@@ -137,7 +137,7 @@ def colour_net(pieces: tuple[Tensor, Tensor]) -> nn.Sequential:
 @each_space
 def test_digits_are_misread(name, net, digits, labels) -> None:
     space, budget, _ = BUDGETS[name]
-    x, y = digits[:96], labels[:96]
+    x, y = digits[:64], labels[:64]
     found = attack(net, space, budget, x, y)
     clean, last = losses(net, x, y), losses(net, found.image, y)
     assert torch.allclose(last, found.last, atol=1e-4)
@@ -421,7 +421,7 @@ def nearest_in_l1(v: np.ndarray[Any, Any], radius: float) -> np.ndarray[Any, Any
     return np.sign(v) * np.maximum(np.abs(v) - shrink, 0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), max_size=3),
     radius=st.floats(0, 20, width=32),
@@ -435,7 +435,7 @@ def test_l1_projection(rows, radius) -> None:
     assert (ball.distance(found) <= radius + 1e-5).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     size=st.floats(0, 5),
@@ -535,7 +535,7 @@ def test_the_projection_ends_just_inside(colour_net, pieces) -> None:
 
 
 def test_a_network_of_ones_own_measures(colour_net, pieces) -> None:
-    x, y = pieces[0][:24], pieces[1][:24]
+    x, y = pieces[0][:16], pieces[1][:16]
     space = perceptual(two_layers(colour_net))
     weak, strong = (attack(colour_net, space, budget, x, y) for budget in (0.05, 0.4))
     assert strong.last.mean() > weak.last.mean() > losses(colour_net, x, y).mean()

@@ -31,6 +31,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 _LOOK = 0.1  # how far ahead the slope of the distance is measured, in L2 (PAT)
 _NOISE = 0.01  # of the start
+_EDGE = 0.9  # from this share of the budget on a step follows the edge
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of its pixels
 
 
@@ -41,7 +42,7 @@ class PerceptualBall:
     Attributes:
         centre: The clean images.
         radius: The budget.
-        measure: ``(images, images) -> (B,)``.
+        measure: ``(images, images) -> (B,)``, differentiable.
         halvings: Of the line to the clean image, each a call of ``measure``.
 
     Example:
@@ -56,12 +57,28 @@ class PerceptualBall:
     measure: Distance
     halvings: int = 10
 
-    @torch.no_grad()
     def step(self, value: Tensor, gradient: Tensor, size: float) -> Tensor:
-        """Along the gradient as far as the distance to ``value`` seems to grow to ``size``."""
-        ahead = L2Ball(value, _LOOK).step(value, gradient, _LOOK)
-        slope = (self._measured(ahead, value) / _LOOK).clamp(min=1e-4)
-        return self.project(value + (ahead - value) * _each(size / slope / _LOOK, value))
+        """Uphill as far as the distance to ``value`` seems to grow to ``size``, projected.
+
+        Near the edge the way goes along it: the part of the gradient that leads out is taken away.
+        """
+        outward, distance = self._outward(value)
+        leads_out = (gradient * outward).flatten(1).sum(1).clamp(min=0)
+        at_edge = distance >= _EDGE * self.radius
+        uphill = gradient - _each(leads_out * at_edge, value) * outward
+        with torch.no_grad():
+            ahead = L2Ball(value, _LOOK).step(value, uphill, _LOOK)
+            slope = (self._measured(ahead, value) / _LOOK).clamp(min=1e-4)
+            return self.project(value + (ahead - value) * _each(size / slope / _LOOK, value))
+
+    def _outward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the distance grows fastest, of length 1, and the distance."""
+        with torch.enable_grad():
+            leaf = value.detach().requires_grad_()
+            distance = self._measured(leaf, self.centre)
+            (slope,) = torch.autograd.grad(distance.sum(), leaf)
+        slope = slope.nan_to_num()  # at the centre a root has no slope
+        return F.normalize(slope.flatten(1)).reshape(slope.shape), distance.detach()
 
     @torch.no_grad()
     def project(self, value: Tensor) -> Tensor:
@@ -99,15 +116,16 @@ def perceptual(measure: Distance) -> Space:
     The set is that of the neural perceptual threat model (PAT, Laidlaw et al., 2021), the search is
     not: PAT's PPGD takes steps that solve for the features with conjugate gradients and projects by
     Newton's method, its Lagrangian attack penalises the distance with a growing weight. Here a step
-    goes along the gradient of the loss, ``2 * budget / steps`` long by the distance (PPGD's), and
-    is brought back on the line to the clean image: weaker, but always inside.
+    follows the gradient of the loss, ``budget / sqrt(steps)`` long by the distance and along the
+    edge where it is reached, and is brought back on the line to the clean image: weaker than PAT's,
+    but always inside. A step costs a backward and 26 forward passes of the network that measures.
 
     Example:
         >>> rms = lambda a, b: (a - b).square().mean((1, 2, 3)).sqrt()
         >>> space = perceptual(rms)
-        >>> picture, variables = space(torch.rand(2, 3, 8, 8), 0.1, 10, torch.rand)
+        >>> picture, variables = space(torch.rand(2, 3, 8, 8), 0.1, 16, torch.rand)
         >>> variables["pixel"].step_size
-        0.02
+        0.025
     """
 
     def space(
@@ -116,7 +134,8 @@ def perceptual(measure: Distance) -> Space:
         check(images, budget, steps)
         ball = PerceptualBall(images, budget, measure)
         start = ball.project(images + _NOISE * (2 * uniform(tuple(images.shape)) - 1))
-        return Pixels(), {"pixel": Variable(start, ball, 2 * budget / steps, (True,) * steps)}
+        size = budget / math.sqrt(steps)
+        return Pixels(), {"pixel": Variable(start, ball, size, (True,) * steps)}
 
     return space
 
