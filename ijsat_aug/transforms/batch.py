@@ -155,10 +155,7 @@ class BatchTransform(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
             )
-        plain = images.as_subclass(Tensor)  # torchvision's Image is put on again below
-        self.check(plain, labels)
-        labels = self.as_labels(plain, labels)
-        self.last = {}
+        plain, labels = self._admitted(images, labels)
         params = self.draw(plain, labels) if isinstance(params, EllipsisType) else params
         if params is None:
             return images.detach(), labels, None
@@ -178,10 +175,14 @@ class BatchTransform(nn.Module):
         """
         check_place()
         check_images(images)
+        return images.detach(), self._admitted(images, labels)[1]
+
+    def _admitted(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """The batch after all checks: images without torchvision's type, labels as they leave."""
         plain = images.as_subclass(Tensor)
         self.check(plain, labels)
         self.last = {}
-        return images.detach(), self.as_labels(plain, labels)
+        return plain, self.as_labels(plain, labels)
 
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""
@@ -193,21 +194,41 @@ class BatchTransform(nn.Module):
         Example:
             >>> BatchTransform(torch.nn.Identity(), p=0).draw(torch.rand(2, 3, 4, 4), None)
         """
+        index = self.choose_samples(images)
+        if index is None:
+            return self.make_params(images, labels)
+        if len(index) == 0:
+            return None
+        return {"index": index, **self.make_params(images[index], pick(labels, index))}
+
+    def choose_samples(self, images: Tensor, scores: Tensor | None = None) -> Tensor | None:
+        """Which samples ``p`` and ``fraction`` choose, in order; None where it is all of them.
+
+        Args:
+            images: The batch.
+            scores: ``(B,)``, of which the largest are chosen; by default it is chance.
+
+        Example:
+            >>> half = BatchTransform(torch.nn.Identity(), fraction=0.5)
+            >>> half.choose_samples(torch.rand(4, 3, 2, 2), torch.tensor([1.0, 3.0, 0.0, 2.0]))
+            tensor([1, 3])
+        """
         count = len(images)
         chosen = round(self.fraction * count) if self.random.chance(self.p) else 0
-        if chosen == 0:
+        if chosen == count > 0:
             return None
-        if chosen == count:
-            return self.make_params(images, labels)
-        order = self.random.uniform((count,), images.device).argsort()
-        index = order[:chosen].sort().values
-        return {"index": index, **self.make_params(images[index], _pick(labels, index))}
+        if chosen == 0:
+            return torch.empty(0, dtype=torch.long, device=images.device)
+        if scores is None:
+            scores = -self.random.uniform((count,), images.device)
+        index: Tensor = scores.argsort(descending=True)[:chosen].sort().values
+        return index
 
     def replay(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Tensor, Any]:
         """The new batch, given what :meth:`draw` drew."""
         index = params.get("index")
         rest = {name: value for name, value in params.items() if name != "index"}
-        some = (images, labels) if index is None else (images[index], _pick(labels, index))
+        some = (images, labels) if index is None else (images[index], pick(labels, index))
         new_images, new_labels = self.transform(*some, rest)
         images = images.detach()
         if self.mode == "append":
@@ -261,7 +282,8 @@ class BatchTransform(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in kept.items())
 
 
-def _pick(labels: Any, index: Tensor) -> Any:
+def pick(labels: Any, index: Tensor) -> Any:
+    """The labels of some samples; what is no tensor stays whole."""
     return labels[index] if isinstance(labels, Tensor) else labels
 
 

@@ -19,6 +19,7 @@ from ..attack.ascent import (
     ascend,
     begin,
     finish,
+    select,
 )
 from ..attack.balls import BALLS
 from ..attack.friendly import ascend_friendly
@@ -74,9 +75,8 @@ def climb(
         picture, variables = _space(pixels, flow, threat, *starts)
         landscape = Landscape(picture, model, threat.losses, goal, threat.targeted)
         found = _search(landscape, variables, threat)
-        new = scale.moved(images, pixels, found.image)
-        new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
-        return Outcome(torch.empty_like(images).copy_(new), _facts(found, variables, threat))
+        facts = _losses(found, threat) | _moves(found, variables)
+        return Outcome(_moved(images, pixels, found, scale), facts)
 
 
 def climb_along(
@@ -107,11 +107,7 @@ def climb_along(
         slope = scale.to_pixel_gradient(_usable(gradient).to(pixels.dtype))
         picture, variables = _space(pixels, flow, threat, pixel_start, None)
         found = ascend(Landscape(picture, _itself, _along, slope), variables)
-        new = scale.moved(images, pixels, found.image)
-        new = torch.where(found.finite.reshape(-1, 1, 1, 1), new, images)
-        facts = _facts(found, variables, threat)
-        kept = {name: fact for name, fact in facts.items() if not name.startswith("loss")}
-        return Outcome(torch.empty_like(images).copy_(new), kept)
+        return Outcome(_moved(images, pixels, found, scale), _moves(found, variables))
 
 
 def _itself(image: Tensor) -> Tensor:
@@ -223,8 +219,17 @@ def _checked(
     return call
 
 
-def _facts(found: Ascent, variables: dict[str, Variable], threat: Threat) -> dict[str, Tensor]:
+def _moved(images: Tensor, pixels: Tensor, found: Ascent, scale: Scale) -> Tensor:
+    """The batch where it came out, in its own units and layout; as it was where nothing did."""
+    new = select(found.finite, scale.moved(images, pixels, found.image), images)
+    return torch.empty_like(images).copy_(new)
+
+
+def _losses(found: Ascent, threat: Threat) -> dict[str, Tensor]:
     sign = -1.0 if threat.targeted else 1.0
+    return {"loss_start": sign * found.first, "loss": sign * found.last} if threat.steps else {}
+
+
+def _moves(found: Ascent, variables: dict[str, Variable]) -> dict[str, Tensor]:
     norms = {f"{name}_norm": v.ball.distance(found.values[name]) for name, v in variables.items()}
-    losses = {"loss_start": sign * found.first, "loss": sign * found.last} if threat.steps else {}
-    return {**losses, **norms, "fallback": ~found.finite}
+    return {**norms, "fallback": ~found.finite}

@@ -19,7 +19,7 @@ from ..attack.objectives import Objective
 from ..flows.calibration import recommended_eta
 from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import Tiles, at_size
-from .batch import BatchTransform
+from .batch import BatchTransform, pick
 from .checks import check_channels, check_manifold, find_flow
 from .climb import climb, climb_along
 from .labels import as_target
@@ -240,34 +240,28 @@ class JointSpaceAdv(BatchTransform):
         """
         step = _step_of(self.threat, self.target)
         self.last = {}
-        index = self._chosen(gradient)
+        scores = None
+        if self.choose == "hardest":
+            scores = gradient.flatten(1).float().norm(dim=1).nan_to_num(0)
+        index = self.choose_samples(gradient, scores)
         if index is None:
+            return self._along(step, images, labels, gradient)
+        if len(index) == 0:
             return images.detach()
-        some, slope = images[index], gradient[index]
-        flow: Any = self._fitted(some) if step.moves_latent else None
+        moved = self._along(step, images[index], pick(labels, index), gradient[index])
+        return images.detach().index_copy(0, index, moved)
+
+    def _along(self, step: Threat, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+        """The images, a step along their gradient."""
+        flow: Any = self._fitted(images) if step.moves_latent else None
         if needs_labels(flow):
-            flow = flow.of_labels(self._classes(some, labels[index]))
+            flow = flow.of_labels(self._classes(images, labels))
         start = None
         if self.random_start and step.moves_pixels:
-            start = step.eps * self._ball(step.norm, tuple(some.shape), some.device)
-        outcome = climb_along(some, slope, flow, step, self.scale, pixel_start=start)
+            start = step.eps * self._ball(step.norm, tuple(images.shape), images.device)
+        outcome = climb_along(images, gradient, flow, step, self.scale, pixel_start=start)
         self.last = outcome.facts
-        return images.detach().index_copy(0, index, outcome.images)
-
-    def _chosen(self, gradient: Tensor) -> Tensor | None:
-        """Which samples move, in order; None for none."""
-        count = len(gradient)
-        share = round(self.fraction * count) if self.random.chance(self.p) else 0
-        if share == 0:
-            return None
-        if share == count:
-            return torch.arange(count, device=gradient.device)
-        if self.choose == "hardest":
-            order = gradient.flatten(1).float().norm(dim=1).nan_to_num(0).argsort(descending=True)
-        else:
-            order = self.random.uniform((count,), gradient.device).argsort()
-        index: Tensor = order[:share].sort().values
-        return index
+        return outcome.images
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..attack.ascent import Landscape, Values, Variable, ascend
+from ..attack.ascent import Landscape, Values, Variable, ascend, select
 from ..attack.balls import LinfBall
 from ..attack.model import ModelHandle
 from ..attack.objectives import Objective, cross_entropy
@@ -129,10 +129,11 @@ def mix_batch(
         else:
             weight = draws[0]
         new = picture({"weight": weight})
-        lost = ~new.flatten(1).isfinite().all(1)
+        facts = {}
         if mix.space != "pixel":
-            straight = blend(pixels, "pixel", None)({"weight": weight})
-            new = torch.where(lost.reshape(-1, 1, 1, 1), straight, new)
+            lost = ~new.flatten(1).isfinite().all(1)
+            new = select(lost, blend(pixels, "pixel", None)({"weight": weight}), new)
+            facts["fallback"] = lost
         mixed = scale.moved(images, pixels, new)
         labels = _mixed_labels(targets, weight)
     if mix.order == "mix-attack" and attack is not None:
@@ -142,7 +143,7 @@ def mix_batch(
             weight = geometric_weight(moved, pixels, pixels.roll(1, 0), weight)
             labels = _mixed_labels(targets, weight)
         mixed = attacked
-    facts = {"lam": weight.flatten()} | ({"fallback": lost} if mix.space != "pixel" else {})
+    facts["lam"] = weight.flatten()
     return torch.empty_like(images).copy_(mixed), labels, facts
 
 
@@ -222,7 +223,7 @@ def _worst_weight(
     ball = LinfBall(weight, mix.rho, (0.0, 1.0))
     variable = Variable(weight, ball, mix.lam_step, (True,) * mix.lam_steps)
     found = ascend(landscape, {"weight": variable})
-    return torch.where(found.finite.reshape(-1, 1, 1, 1), found.values["weight"], weight)
+    return select(found.finite, found.values["weight"], weight)
 
 
 @torch.no_grad()
