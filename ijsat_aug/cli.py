@@ -292,6 +292,7 @@ def train_flow(
     levels: Annotated[int, typer.Option(help="Scales of the flow.")] = 3,
     steps: Annotated[int, typer.Option(help="Glow blocks per level.")] = 16,
     hidden: Annotated[int, typer.Option(help="Width of the coupling networks.")] = 64,
+    patch: Annotated[int, typer.Option(help="Pixels become channels by patches of this edge.")] = 2,
     logit: Annotated[
         float | None, typer.Option(help="Logit transform of the pixels, e.g. 0.05.")
     ] = None,
@@ -333,7 +334,7 @@ def train_flow(
         test_images = load_images(test, size=size, root=root, train=False) if test else None
         config = GlowConfig(
             shape=_shape(images.images), levels=levels, steps=steps, hidden=hidden,
-            bins=images.bins, logit=logit,
+            patch=patch, bins=images.bins, logit=logit,
             num_classes=_classes(images.labels) if class_conditional else None,
         )  # fmt: skip
         train(

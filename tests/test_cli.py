@@ -101,7 +101,7 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         (("train-flow", "nothing", tmp_path / "a", "--epochs", 1), "neither a file or folder"),
         (
             ("train-flow", "digits", tmp_path / "a", "--epochs", 1, "--levels", 4),
-            "levels=4 halves the image",
+            "levels=4 and patch=2 make one place of 16x16 pixels",
         ),
         (("show", "digits", "--eps", "8/x"), "'8/x' is no number"),
         (("show", "digits", "--weights", "a.pt"), "weights belong to a model"),

@@ -194,8 +194,8 @@ class FrozenGlow:
             h = self._to_domain_vjp(g.to(self.dtype), tape.squashed)
             blocks = iter(reversed(tape.blocks))
             parts: list[Tensor] = []
-            for level in reversed(self.levels):
-                h = _unshuffle(h)
+            for level, times in self._from_pixels():
+                h = _unshuffle(h, times)
                 for block in reversed(level):
                     h = block_vjp(block, next(blocks), h)
                 h = _split_off(h, parts, last=level is self.levels[0])
@@ -328,8 +328,8 @@ class FrozenGlow:
         h, squashed = self._to_domain(x)
         h = h.contiguous(memory_format=torch.channels_last)
         parts: list[Tensor] = []
-        for level in reversed(self.levels):
-            h = _unshuffle(h)
+        for level, times in self._from_pixels():
+            h = _unshuffle(h, times)
             for block in reversed(level):
                 h = encode_block(block, h, kept)
             h = _split_off(h, parts, last=level is self.levels[0])
@@ -346,8 +346,12 @@ class FrozenGlow:
                 h = torch.cat((h, parts[i]), dim=1)
             for block in level:
                 h = decode_block(block, h, kept)
-            h = _shuffle(h)
+            h = _shuffle(h, self.config.squeezes[i])
         return h
+
+    def _from_pixels(self) -> Iterator[tuple[tuple[Block, ...], int]]:
+        """The levels, finest first, each with how often it halves the image before."""
+        return zip(reversed(self.levels), reversed(self.config.squeezes), strict=True)
 
     def _vjp_by_inversion(self, h: Tensor, g: Tensor) -> Tensor:
         """The gradient at the latent that decodes to ``h``, inverting one block at a time."""
@@ -355,8 +359,8 @@ class FrozenGlow:
         g = self._to_domain_vjp(g.to(self.dtype), squashed)
         rest: list[Tensor] = []
         parts: list[Tensor] = []
-        for level in reversed(self.levels):
-            h, g = _unshuffle(h), _unshuffle(g)
+        for level, times in self._from_pixels():
+            h, g = _unshuffle(h, times), _unshuffle(g, times)
             for block in reversed(level):
                 kept: list[Kept] = []
                 h = encode_block(block, h, kept)
@@ -446,20 +450,24 @@ def _without_tf32() -> AbstractContextManager[None]:
     return context
 
 
-def _unshuffle(h: Tensor) -> Tensor:
-    """Squeeze 2x2 pixels into channels: one copy, and channels stay last."""
-    count, channels, height, width = h.shape
-    tiles = h.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
-    flat = tiles.permute(0, 1, 3, 5, 2, 4).reshape(count, height // 2, width // 2, 4 * channels)
-    return flat.permute(0, 3, 1, 2)
+def _unshuffle(h: Tensor, times: int = 1) -> Tensor:
+    """Squeeze 2x2 pixels into channels, some times over; channels stay last."""
+    for _ in range(times):
+        b, c, height, width = h.shape
+        tiles = h.permute(0, 2, 3, 1).reshape(b, height // 2, 2, width // 2, 2, c)
+        flat = tiles.permute(0, 1, 3, 5, 2, 4).reshape(b, height // 2, width // 2, 4 * c)
+        h = flat.permute(0, 3, 1, 2)
+    return h
 
 
-def _shuffle(h: Tensor) -> Tensor:
+def _shuffle(h: Tensor, times: int = 1) -> Tensor:
     """The inverse of :func:`_unshuffle`."""
-    count, channels, height, width = h.shape
-    tiles = h.permute(0, 2, 3, 1).reshape(count, height, width, channels // 4, 2, 2)
-    flat = tiles.permute(0, 1, 4, 2, 5, 3).reshape(count, 2 * height, 2 * width, channels // 4)
-    return flat.permute(0, 3, 1, 2)
+    for _ in range(times):
+        b, c, height, width = h.shape
+        tiles = h.permute(0, 2, 3, 1).reshape(b, height, width, c // 4, 2, 2)
+        flat = tiles.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * height, 2 * width, c // 4)
+        h = flat.permute(0, 3, 1, 2)
+    return h
 
 
 def _split_off(h: Tensor, parts: list[Tensor], last: bool) -> Tensor:

@@ -22,11 +22,13 @@ class GlowConfig:
 
     Args:
         shape: ``(channels, height, width)`` of the images.
-        levels: Number of scales; height and width must divide by ``2**levels``.
+        levels: Number of scales; height and width must divide by ``patch * 2**(levels - 1)``.
         steps: Glow blocks (ActNorm, 1x1 convolution, affine coupling) per level.
         hidden: Width of the coupling networks.
         log_scale: Bound of the log-scale that one level can accumulate. Each coupling is
             soft-clamped to ``log_scale / steps``, so that decoding never explodes.
+        patch: Edge of the squares of pixels that become channels before the finest level, a power
+            of 2. 4 computes on a quarter of the places, several times as fast.
         bins: Grey levels of the data: 256 for 8-bit images.
         logit: ``alpha`` of the logit transform ``logit(alpha + (1 - 2 alpha) u)``;
             ``None`` shifts ``u`` by -1/2 instead.
@@ -45,6 +47,7 @@ class GlowConfig:
     steps: int = 16
     hidden: int = 64
     log_scale: float = 4.0
+    patch: int = 2
     bins: int = 256
     logit: float | None = None
     num_classes: int | None = None
@@ -58,11 +61,15 @@ class GlowConfig:
         for name in ("levels", "steps", "hidden"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}.")
+        if not _is_count(self.patch) or self.patch == 1 or self.patch & (self.patch - 1):
+            raise ValueError(f"patch must be a power of 2, at least 2, got {self.patch!r}.")
         _, height, width = self.shape
-        if height % 2**self.levels or width % 2**self.levels:
+        edge = self.patch << self.levels - 1
+        if height % edge or width % edge:
             raise ValueError(
-                f"levels={self.levels} halves the image {self.levels} times, but {height}x{width} "
-                f"does not divide by {2**self.levels}; use fewer levels or pad the images."
+                f"levels={self.levels} and patch={self.patch} make one place of {edge}x{edge} "
+                f"pixels, but {height}x{width} does not divide by {edge}; use fewer levels or pad "
+                "the images."
             )
         if not isinstance(self.bins, int) or self.bins < 2:
             raise ValueError(f"bins must be an integer >= 2 (256 for 8-bit), got {self.bins!r}.")
@@ -83,10 +90,12 @@ class GlowConfig:
     @property
     def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Shapes of the latents of one image, coarsest first, as normflows orders them."""
-        channels, height, width = self.shape
-        shapes = [(channels << self.levels + 1, height >> self.levels, width >> self.levels)]
-        for level in range(self.levels - 1, 0, -1):
-            shapes.append((channels << level, height >> level, width >> level))
+        _, height, width = self.shape
+        shapes = []
+        for level, channels in enumerate(self.block_channels):
+            edge = self.patch << self.levels - 1 - level
+            kept = channels // 2 if level else channels  # the coarsest level keeps all
+            shapes.append((kept, height // edge, width // edge))
         return tuple(shapes)
 
     @property
@@ -97,7 +106,13 @@ class GlowConfig:
     @property
     def block_channels(self) -> tuple[int, ...]:
         """Channels inside each level, coarsest first."""
-        return tuple(self.shape[0] << self.levels + 1 - i for i in range(self.levels))
+        finest = self.shape[0] * self.patch**2
+        return tuple(finest << self.levels - 1 - level for level in range(self.levels))
+
+    @property
+    def squeezes(self) -> tuple[int, ...]:
+        """How often each level halves the image, coarsest first."""
+        return (*(1 for _ in range(self.levels - 1)), self.patch.bit_length() - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""
@@ -155,8 +170,9 @@ def build_glow(config: GlowConfig) -> nf.MultiscaleFlow:
     import normflows as nf
 
     flows = [
-        [_block(channels, config) for _ in range(config.steps)] + [nf.flows.Squeeze()]
-        for channels in config.block_channels
+        [_block(channels, config) for _ in range(config.steps)]
+        + [nf.flows.Squeeze() for _ in range(squeezes)]
+        for channels, squeezes in zip(config.block_channels, config.squeezes, strict=True)
     ]
     merges = [nf.flows.Merge() for _ in range(config.levels - 1)]
     conditional = config.num_classes is not None

@@ -20,6 +20,7 @@ RANDOM = {
     "rgb": GlowConfig(shape=(3, 16, 16), levels=3, steps=3, hidden=16),
     "one level": GlowConfig(shape=(1, 4, 6), levels=1, steps=2, hidden=8),
     "logit": GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17, logit=0.05),
+    "patches of 4": GlowConfig(shape=(3, 16, 24), levels=2, steps=2, hidden=8, patch=4),
     "classes": GlowConfig(shape=(3, 8, 8), levels=2, steps=2, hidden=8, num_classes=4),
 }
 TRAINED = ("digits", "cifar10")
