@@ -7,12 +7,14 @@ stays as it is. Every setting attacks the same test images; recorded are how muc
 rises, in eval mode, and the time that the attack takes, medians of interleaved rounds, in
 multiples of a plain training step. A setting is on the Pareto front when nothing cheaper raises the
 loss as much. ``docs/strength.png`` shows it. The random starts are those of the transforms, so that
-the settings are what a user gets.
+the settings are what a user gets. The linear joint step is also taken with cheaper arithmetic:
+bfloat16 of the model or of the flow alone, channels-last, a compiled model, half of the images.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
 from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug.flows.frozen import FrozenGlow
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS = 1 / 255
@@ -86,7 +89,26 @@ def attacks(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Attack]:
         for word, manifold in (("", flow), (", bf16", low)):
             adv = JointSpaceAdv(None, None if kind == "pixel" else manifold, eps=eps, eta=eta)
             found[f"{kind}, replay{word}"] = partial(adv.follow, x, y, gradient)
+    for word, adv in arithmetic(network, flow, low).items():
+        add(f"joint, linear, {word}", adv)
     return found
+
+
+def arithmetic(network: nn.Module, flow: FrozenGlow, low: FrozenGlow) -> dict[str, JointSpaceAdv]:
+    """The linear joint step, computed in other ways."""
+    linear = partial(JointSpaceAdv, eps=EPS, method="linear")
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    layout: dict[str, Any] = {"memory_format": torch.channels_last}
+    bf16: dict[str, Any] = {"amp_dtype": torch.bfloat16}
+    return {
+        "bf16 model": linear(network, flow, **bf16),
+        "bf16 flow": linear(network, low),
+        "channels-last": linear(last, flow, **layout),
+        "bf16, channels-last": linear(last, low, **layout, **bf16),
+        "compiled model": linear(torch.compile(copy.deepcopy(network)), flow),
+        "half of the batch": linear(network, flow, fraction=0.5),
+        "half of the batch, bf16": linear(network, low, fraction=0.5, **bf16),
+    }
 
 
 def training_gradient(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:

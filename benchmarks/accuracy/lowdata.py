@@ -1,0 +1,277 @@
+"""What the augmentations are worth when labels are few: CIFAR-10 with 500 and 2,500 of them.
+
+Run:  IJSAT_DATA=... python benchmarks/accuracy/lowdata.py --flow FOLDER     (some hours)
+
+A ResNet-10 of 0.3 M parameters is trained from scratch on a class-balanced subset that the seed
+draws, with crop and flip everywhere, SGD, one learning-rate cycle, bfloat16 autocast and
+channels-last. "Equal epochs" are equal optimiser steps. The rows "for as long as ..." train on
+until they have used the processor time that the row they name used with the same seed. 1,000 other
+training images with labels choose the best epoch; the test split is read at the end alone, with the
+weights of the last and of the best epoch. Every run is a file of its own under ``--work`` and is
+not done again, so that the study may be stopped; ``--only`` and ``--seeds`` share it out over
+processes. The flow has seen all 50,000 training images, without labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.harness import record
+from benchmarks.networks import small_resnet
+from benchmarks.real_data import cifar10
+from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
+from ijsat_aug.flows.frozen import FrozenGlow
+from ijsat_aug.training import AugmentedLoader
+
+STEPS = {500: 960, 2500: 2000}
+BATCH, VALIDATION, CHECKS = 128, 1000, 20
+LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+Batches = Iterator[tuple[Tensor, Tensor]]
+Augment = Callable[[nn.Module, FrozenGlow], tuple[Any, int]]
+
+
+def _none(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
+    return (lambda batch: batch), 1
+
+
+def _mixup(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
+    mix = v2.MixUp(alpha=1.0, num_classes=10)
+    return (lambda batch: mix(*batch)), 1
+
+
+def _pixel(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
+    return RobustMixup(network, num_classes=10, **LOW), 1
+
+
+def _latent(
+    network: nn.Module, flow: FrozenGlow, mixed: bool = True, times: int = 1, **options: Any
+) -> tuple[Any, int]:
+    """One linear step on the manifold, alone or on blends; ``times=2`` takes it by replay."""
+    options = {"eps": 0, "method": "linear", "target": "prediction", **LOW, **options}
+    if times > 1:
+        options["target"] = "label"
+    latent = JointSpaceAdv(None if times > 1 else network, flow, **options)
+    return (RobustMixup(network, num_classes=10, attack=latent) if mixed else latent), times
+
+
+ROWS: dict[str, Augment] = {
+    "plain": _none,
+    "mixup": _mixup,
+    "RobustMixup": _pixel,
+    "latent step": partial(_latent, mixed=False),
+    "latent step, half of each batch": partial(_latent, mixed=False, fraction=0.5),
+    "latent step, replay": partial(_latent, mixed=False, times=2),
+    "mixup + latent step": _latent,
+    "mixup + latent step, half of each batch": partial(_latent, fraction=0.5),
+    "mixup + latent step, replay": partial(_latent, times=2),
+    "mixup + joint step": partial(_latent, eps=1 / 255),
+}
+# Who trains for as long as another row took, with the same seed.
+AS_LONG = {
+    f"{who}, for as long as {whom}": (who, whom)
+    for who in ("plain", "mixup")
+    for whom in ("latent step, replay", "mixup + latent step, replay", "mixup + latent step")
+}
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """A random crop of the images padded by 4, mirrored or not; uint8 -> float."""
+    count, _, size, _ = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, count, 1))
+    along = torch.arange(size)
+    across = torch.where(torch.rand(count, 1) < 0.5, along, size - 1 - along) + left
+    rows = (top + along)[:, None, :, None]
+    which = torch.arange(count)[:, None, None, None]
+    channel = torch.arange(3)[None, :, None, None]
+    return padded[which, channel, rows, across[:, None, None, :]].float() / 255
+
+
+def endless(images: Tensor, labels: Tensor) -> Batches:
+    """Batches of crops, in a new order each epoch; what is left of an epoch opens the next."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(images))])
+        index, order = order[:BATCH], order[BATCH:]
+        yield crop_and_flip(images[index]), labels[index]
+
+
+def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As many training images of each class, and the others that validate."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.cat([order[labels[order] == c][: count // 10] for c in range(10)])
+    rest = order[~torch.isin(order, chosen)]
+    return chosen, rest[:VALIDATION]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent right."""
+    was = network.training
+    network.eval()
+    right = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(images.split(500), labels.split(500), strict=True):
+            x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
+            right += int((network(x).argmax(1) == y).sum())
+    network.train(was)
+    return 100 * right / len(labels)
+
+
+def train(
+    row: str, size: int, seed: int, flow: FrozenGlow, *, seconds: float | None = None
+) -> dict[str, Any]:
+    """One run: so many steps, or as many as fit into so much processor time."""
+    images, labels = cifar10()
+    chosen, rest = split(labels, size, seed)
+    torch.manual_seed(seed)
+    network = small_resnet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    transform, times = ROWS[row](network, flow)
+    batches: Batches = endless(images[chosen], labels[chosen])
+    if not hasattr(transform, "augment"):
+        loader: Any = map(transform, batches)
+    else:
+        loader = AugmentedLoader(batches, transform, replay=times)
+    best: tuple[float, dict[str, Tensor]] = (-1.0, {})
+    begin, paused, step, done = time.process_time(), 0.0, 0, 0.0
+    next_check = 1 / CHECKS
+    for x, y in loader:
+        optimizer.param_groups[0]["lr"] = cycle(done)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        used = time.process_time() - begin - paused
+        done = step / STEPS[size] if seconds is None else used / seconds
+        if done >= next_check or done >= 1:
+            since = time.process_time()
+            score = accuracy(network, images[rest], labels[rest])
+            if score > best[0]:
+                best = (score, copy.deepcopy(network.state_dict()))
+            next_check += 1 / CHECKS
+            paused += time.process_time() - since
+        if done >= 1:
+            break
+    tested, answers = cifar10(train=False)
+    last = accuracy(network, tested, answers)
+    network.load_state_dict(best[1])
+    return {
+        "row": row, "size": size, "seed": seed, "steps": step, "seconds": round(used, 1),
+        "loss": round(float(loss.detach()), 4), "last": last,
+        "best": accuracy(network, tested, answers), "validation": best[0],
+    }  # fmt: skip
+
+
+def cycle(done: float) -> float:
+    """Up to 0.1 over the first tenth, and down to nothing along a cosine."""
+    if done < 0.1:
+        return 0.01 + 0.9 * done
+    return 0.05 * (1 + math.cos(math.pi * min(1.0, (done - 0.1) / 0.9)))
+
+
+def run(row: str, size: int, seed: int, flow: FrozenGlow, work: Path) -> dict[str, Any]:
+    """A run, or what its file says."""
+    name = row.replace(" ", "-").replace(",", "").replace("+", "and")
+    path = work / f"{size}-{name}-{seed}.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    seconds = None
+    trained = row
+    if row in AS_LONG:
+        trained, whom = AS_LONG[row]
+        seconds = run(whom, size, seed, flow, work)["seconds"]
+    result = train(trained, size, seed, flow, seconds=seconds) | {"row": row}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return round(values[0], 2), math.nan
+    t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+    half = t[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return round(statistics.mean(values), 2), round(half, 2)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """For every size and row: accuracy, cost, and the paired difference to mixup and to plain."""
+    table: dict[str, Any] = {}
+    by_row: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    for one in runs:
+        by_row.setdefault((one["size"], one["row"]), {})[one["seed"]] = one
+    for (size, row), seeds in by_row.items():
+        entry: dict[str, Any] = {
+            "seeds": sorted(seeds),
+            "accuracy": interval([one["last"] for one in seeds.values()]),
+            "best_epoch": interval([one["best"] for one in seeds.values()]),
+            "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
+            "seconds": round(statistics.mean(one["seconds"] for one in seeds.values()), 1),
+        }
+        rivals = ["plain", "mixup", "latent step, replay", "latent step"]
+        for rival in [*rivals, f"mixup, for as long as {row}"]:
+            other = by_row.get((size, rival), {})
+            shared = sorted(seeds.keys() & other.keys())
+            if rival != row and len(shared) > 1:
+                gains = [seeds[s]["last"] - other[s]["last"] for s in shared]
+                entry[f"over {rival}"] = interval(gains)
+        table.setdefault(str(size), {})[row] = entry
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--flow", default="cifar10", help="name or folder")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--only", nargs="+", choices=(*ROWS, *AS_LONG), help="these rows alone")
+    parser.add_argument("--work", type=Path, default=Path("runs/lowdata"))
+    parser.add_argument("--record", action="store_true", help="write the JSON of what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
+    if not options.record:
+        for seed in options.seeds:
+            for size in options.sizes:
+                for row in options.only or (*ROWS, *AS_LONG):
+                    run(row, size, seed, flow, options.work)
+        return
+    runs = [json.loads(path.read_text()) for path in sorted(options.work.glob("*.json"))]
+    runs = [one for one in runs if one["seed"] in options.seeds]
+    result = {
+        "network": "small_resnet", "batch": BATCH, "steps": STEPS, "threads": 1,
+        "flow": {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]},
+        "table": summary(runs), "runs": runs,
+    }  # fmt: skip
+    print(record("lowdata-cifar10", result))
+
+
+if __name__ == "__main__":
+    main()
