@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..attack.model import Model
 from ..flows.files import write_atomically
 from .report import Result, read_result
 
@@ -78,7 +77,7 @@ class Store:
 
 
 def fingerprint(*things: Any) -> str:
-    """A short sum of tensors, modules and plain values, which tells whether they changed.
+    """A short sum of tensors, modules, dataclasses and plain values, which tells if they changed.
 
     Example:
         >>> import torch
@@ -88,23 +87,28 @@ def fingerprint(*things: Any) -> str:
         >>> fingerprint(model) == before, len(before)
         (False, 16)
     """
-    import torch
-
     summed = hashlib.sha256()
     for thing in things:
-        tensors: Mapping[str, Any] = {}
-        if isinstance(thing, torch.nn.Module):
-            tensors = thing.state_dict()
-        elif isinstance(thing, torch.Tensor):
-            tensors = {"tensor": thing}
-        else:
-            summed.update(_plain(thing).encode())
-        for name, tensor in tensors.items():
-            summed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            summed.update(flat.view(torch.uint8).numpy().tobytes())
+        for part in _parts(thing):
+            summed.update(part)
     return summed.hexdigest()[:16]
 
 
-def _plain(thing: Model | Any) -> str:
-    return getattr(thing, "__qualname__", None) or repr(thing)
+def _parts(thing: Any, name: str = "tensor") -> Iterator[bytes]:
+    import torch
+
+    if isinstance(thing, torch.Tensor):
+        yield f"{name}{tuple(thing.shape)}{thing.dtype}".encode()
+        flat = thing.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(thing, torch.nn.Module):
+        for key, tensor in thing.state_dict().items():
+            yield from _parts(tensor, key)
+    elif is_dataclass(thing):
+        for field in fields(thing):
+            yield from _parts(getattr(thing, field.name), field.name)
+    elif isinstance(thing, tuple):
+        for number, part in enumerate(thing):
+            yield from _parts(part, str(number))
+    else:
+        yield (getattr(thing, "__qualname__", None) or repr(thing)).encode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torchattacks
@@ -175,6 +177,14 @@ def test_an_interrupted_evaluation_goes_on(net, digits, labels, tmp_path) -> Non
         evaluate(model, x, y, **options)
     fewer = evaluate(model, x[:40], y[:40], overwrite=True, **options)
     assert len(fewer.results["fog"].correct) == 40
+
+
+def test_another_flow_of_the_same_shape_is_another_evaluation(net, digits, labels, flow, tmp_path):
+    options = {"threats": ["om@1"], "corruptions": [], "folder": tmp_path / "state"}
+    evaluate(net, digits[:20], labels[:20], flow=flow, **options)
+    moved = dataclasses.replace(flow, mean=flow.mean + 0.01)
+    with pytest.raises(ValueError, match="results of another flow"):
+        evaluate(net, digits[:20], labels[:20], flow=moved, **options)
 
 
 def test_a_threat_of_your_own(net, digits, labels) -> None:

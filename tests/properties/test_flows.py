@@ -32,7 +32,9 @@ def configs(draw: st.DrawFn) -> GlowConfig:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(configs(), st.integers(0, 3))
 def test_it_is_a_bijection_and_all_gradients_agree(config: GlowConfig, batch: int) -> None:
-    flow = freeze(config, random_glow(config, 0.2 / config.patch**2).state_dict(), dtype=torch.float64)
+    flow = freeze(
+        config, random_glow(config, 0.2 / config.patch**2).state_dict(), dtype=torch.float64
+    )
     x = torch.rand(batch, *config.shape, dtype=torch.float64)
     z, tape = flow.encode_with_tape(x)
     assert z.shape == (batch, config.latent_dim)
@@ -49,7 +51,9 @@ def test_it_is_a_bijection_and_all_gradients_agree(config: GlowConfig, batch: in
 @given(configs())
 def test_the_gradient_is_the_slope_of_decode(config: GlowConfig) -> None:
     """Against a central difference along a random direction, not against another backward."""
-    flow = freeze(config, random_glow(config, 0.2 / config.patch**2).state_dict(), dtype=torch.float64)
+    flow = freeze(
+        config, random_glow(config, 0.2 / config.patch**2).state_dict(), dtype=torch.float64
+    )
     z = flow.encode(torch.rand(1, *config.shape, dtype=torch.float64))
     direction, g = torch.randn_like(z), torch.randn(1, *config.shape, dtype=torch.float64)
     h = 1e-6
