@@ -1,6 +1,7 @@
 """What an augmentation costs: a whole training step with it, as a multiple of a plain step.
 
 Run:  python benchmarks/speed/step.py                (fifteen minutes on two cores)
+      python benchmarks/speed/step.py --large        (ten minutes)
 
 One process, contenders interleaved, medians over rounds with quartiles: a CIFAR ResNet-18 at 32
 pixels with batch 128, SGD with momentum; forward, backward and optimiser step in float32, and what
@@ -8,6 +9,8 @@ the augmentation does before. "p=0.5" is the mean of a step with and a step with
 batch that is shown twice ("replay"), the time is that of the second step, attack and all. The
 peak memory of a step, weights and optimiser aside, is taken in a fresh process for each: resident
 memory on a CPU (Linux), what CUDA tells on a GPU.
+
+``--large`` is a ResNet-50 at 224 pixels with batch 8, whose low band a flow of 32 pixels moves.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet50
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -46,6 +52,7 @@ TARGETS = {
     "JointSpaceAdv, replay": 1.35, "JointSpaceAdv, replay, bf16": 1.35, "IJSAT, linear, bf16": 1.6,
     "IJSAT, replay, bf16": 1.6,
 }  # fmt: skip
+LARGE_TARGETS = {"IJSAT, linear, bf16": 1.5, "IJSAT, replay, bf16": 1.5}
 MEMORY_TARGET = 1.2
 Augment = Callable[[Tensor, Tensor], Any]
 Step = Callable[[], object]
@@ -89,10 +96,37 @@ def both(one: Step, two: Step) -> Step:
     return run
 
 
-def steps(x: Tensor, y: Tensor) -> dict[str, Step]:
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, on which batches, and what is measured of it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    pixels: int
+    batch: int
+    rows: tuple[str, ...] | None
+    targets: dict[str, float]
+
+    def batches(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        torch.manual_seed(0)
+        x = torch.rand(self.batch, 3, self.pixels, self.pixels, device=device)
+        return x, torch.randint(10, (self.batch,), device=device)
+
+
+SMALL = Setting("cifar_resnet18", cifar_resnet18, 32, 128, None, TARGETS)
+LARGE_ROWS = (
+    "plain", "mixup", "RobustMixup", "RobustMixup, bf16 attack", "IJSAT, linear",
+    "IJSAT, linear, bf16", "IJSAT, replay, bf16",
+)  # fmt: skip
+LARGE = Setting("resnet50", partial(resnet50, num_classes=10), 224, 8, LARGE_ROWS, LARGE_TARGETS)
+
+
+def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
     """The step with every augmentation."""
-    network = cifar_resnet18().train().to(x.device)
-    split = convert_split_batchnorm(cifar_resnet18()).train().to(x.device)
+    x, y = setting.batches(device)
+    network = setting.make().train().to(x.device)
+    split = convert_split_batchnorm(setting.make()).train().to(x.device)
     flow = load_flow("cifar10", device=x.device)
     low = load_flow("cifar10", device=x.device, compute_dtype=torch.bfloat16)
     bf16: dict[str, Any] = {"amp_dtype": torch.bfloat16}
@@ -111,6 +145,7 @@ def steps(x: Tensor, y: Tensor) -> dict[str, Step]:
         "JointSpaceAdv, linear": JointSpaceAdv(network, flow, method="linear"),
         "JointSpaceAdv, linear, bf16": JointSpaceAdv(network, low, method="linear", **bf16),
         "JointSpaceAdv": JointSpaceAdv(network, flow),
+        "IJSAT, linear": mixup(JointSpaceAdv(network, flow, method="linear")),
         "IJSAT, linear, bf16": mixup(JointSpaceAdv(network, low, method="linear", **bf16)),
         "IJSAT": mixup(JointSpaceAdv(network, flow)),
         "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
@@ -129,7 +164,7 @@ def steps(x: Tensor, y: Tensor) -> dict[str, Step]:
         runs[name] = replayed_steps(network, x, y, transform)
     half = mixup(), mixup(p=0)
     runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a) for a in half))
-    return runs
+    return {name: run for name, run in runs.items() if name in (setting.rows or runs)}
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -146,30 +181,25 @@ def peak_memory(step: Step, device: torch.device) -> int:
     return resident("VmHWM") - before
 
 
-def peak_memory_apart(name: str, batch: int) -> int:
+def peak_memory_apart(name: str, setting: Setting) -> int:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--batch", str(batch), "--memory-of", name]
+    command = [sys.executable, __file__, "--memory-of", name, "--batch", str(setting.batch)]
+    command += ["--large"] if setting.name == LARGE.name else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def batch_of(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and labels."""
-    torch.manual_seed(0)
-    x = torch.rand(count, 3, 32, 32, device=device)
-    return x, torch.randint(10, (count,), device=device)
-
-
-def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times and memory of every step, as multiples of the plain one."""
     keep_memory()
-    runs = steps(*batch_of(batch, device))
+    runs = steps(setting, device)
     seconds = interleave(runs, rounds, warmup=1)
-    seconds["RobustMixup, p=0.5"] = [s / 2 for s in seconds["RobustMixup, p=0.5"]]
     for name in seconds:
+        if "p=0.5" in name:
+            seconds[name] = [s / 2 for s in seconds[name]]
         if "replay" in name:
             pairs = zip(seconds[name], seconds["plain"], strict=True)
             seconds[name] = [pair - plain for pair, plain in pairs]
-    bytes_ = {name: peak_memory_apart(name, batch) for name in runs}
+    bytes_ = {name: peak_memory_apart(name, setting) for name in runs}
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},
         "ratios": {name: ratio(times, seconds["plain"]) for name, times in seconds.items()},
@@ -180,29 +210,33 @@ def measure(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--large", action="store_true", help="a ResNet-50 at 224 pixels")
+    parser.add_argument("--batch", type=int, help="by default 128, large 8")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", help="print the peak memory of one step, in bytes")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting = LARGE if options.large else SMALL
+    setting = replace(setting, batch=options.batch or setting.batch)
     if options.memory_of is not None:
-        runs = steps(*batch_of(options.batch, device))
-        print(peak_memory(runs[options.memory_of], device))
+        setting = replace(setting, rows=(options.memory_of,))
+        print(peak_memory(steps(setting, device)[options.memory_of], device))
         return
-    result = measure(options.batch, options.rounds, device)
+    result = measure(setting, options.rounds, device)
     for name, value in result["ratios"].items():
-        target = TARGETS.get(name)
+        target = setting.targets.get(name)
         verdict = "" if target is None else f"target {target} " + "✗✓"[value["median"] <= target]
         spread = f"[{value['q1']:.2f}-{value['q3']:.2f}]"
         memory = result["memory_ratios"][name]
         print(f"  {name:<34} {value['median']:6.2f} {spread:<15} memory {memory:.2f} {verdict}")
     if not options.no_record:
-        payload = {"network": "cifar_resnet18", "flow": "cifar10", "batch": options.batch}
-        payload |= {"rounds": options.rounds, "seed": 0, "targets": TARGETS, **result}
+        payload = {"network": setting.name, "flow": "cifar10", "batch": setting.batch}
+        payload |= {"rounds": options.rounds, "seed": 0, "targets": setting.targets, **result}
         payload["memory_target"] = MEMORY_TARGET
         payload["threads"] = torch.get_num_threads()
-        print(record(f"speed-step-{device.type}".replace("cuda", "gpu"), payload))
+        size = "-224" if options.large else ""
+        print(record(f"speed-step{size}-{device.type}".replace("cuda", "gpu"), payload))
 
 
 if __name__ == "__main__":
