@@ -73,7 +73,7 @@ def measure(name: str, data: ImageData) -> dict[str, Any]:
     config, state = load_state(name)
     model = build_glow(config)
     model.load_state_dict(state)
-    x = data.images[:IMAGES].float() / (data.bins - 1)
+    x = data.pixels[:IMAGES]
     return {
         "images": "x".join(map(str, config.shape)),
         "megabytes": round(flow.info["weights"]["bytes"] / 1e6, 1),

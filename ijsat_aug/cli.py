@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .words import number
+
 app = typer.Typer(
     name="ijsat-aug",
     help="Adversarial data augmentation on the manifold of a normalizing flow.",
@@ -79,15 +81,6 @@ def main(
         raise typer.Exit
 
 
-def _number(text: str) -> float:
-    """A number, or a share such as 8/255."""
-    top, _, bottom = text.partition("/")
-    try:
-        return float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{text!r} is no number; write for example 0.03 or 8/255.") from error
-
-
 def _words(text: str) -> list[str]:
     """Names with commas between them, or none."""
     return [] if text == "none" else [part.strip() for part in text.split(",")]
@@ -95,7 +88,7 @@ def _words(text: str) -> list[str]:
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
     """Numbers with commas between them."""
-    return None if text is None else tuple(_number(part) for part in text.split(","))
+    return None if text is None else tuple(number(part) for part in text.split(","))
 
 
 @app.command()
@@ -154,7 +147,7 @@ def show(
     with _plain_errors():
         run(
             images, out, model=model, weights=weights, flow=flow, rows=rows, size=size,
-            eps=_number(eps), eta=eta, steps=steps, mean=_numbers(mean), std=_numbers(std),
+            eps=number(eps), eta=eta, steps=steps, mean=_numbers(mean), std=_numbers(std),
             seed=seed,
         )  # fmt: skip
     typer.echo(f"Wrote {out}.")

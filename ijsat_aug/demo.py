@@ -184,7 +184,7 @@ def _accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def _tensors(data: ImageData) -> TensorDataset:
     assert data.labels is not None
-    return TensorDataset(data.images.float() / (data.bins - 1), data.labels)
+    return TensorDataset(data.pixels, data.labels)
 
 
 def _eta(flow: FrozenGlow) -> float:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import pickle
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_model"]
+__all__ = ["first_logits", "load_model"]
 
 _WRAPPERS = ("model", "state_dict", "net", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -41,6 +41,26 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
     else:
         model = _torchvision(source, weights)
     return model.eval()
+
+
+def first_logits(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """What a model answers to its first batch, which may be of a size that it does not take.
+
+    Example:
+        >>> first_logits(torch.nn.Flatten(), torch.zeros(2, 1, 1, 3)).shape
+        torch.Size([2, 3])
+        >>> first_logits(torch.nn.Linear(8, 2), torch.zeros(2, 1, 1, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: the model does not take images of 1x1x3: ...
+    """
+    try:
+        return model(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        size = "x".join(map(str, batch.shape[1:]))
+        raise ValueError(f"the model does not take images of {size}: {error}") from error
 
 
 def _call(place: str, name: str) -> nn.Module:

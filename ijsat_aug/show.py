@@ -13,7 +13,7 @@ from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
 from .flows.probe import probe_network
 from .gallery import draw, gallery
-from .models import load_model
+from .models import first_logits, load_model
 from .transforms.scale import Scale
 
 __all__ = ["run"]
@@ -51,7 +51,7 @@ def run(
     if size is None and manifold is not None:
         size = manifold.shape[1]
     data = load_images(source, size=size)
-    pixels = data.images.float() / (data.bins - 1)
+    pixels = data.pixels
     if model is None:
         if weights is not None:
             raise ValueError("weights belong to a model: say which, with --model.")
@@ -76,10 +76,6 @@ def _labels(data: ImageData, network: nn.Module, batch: Tensor) -> Tensor | None
     """The images' own labels, if the model has as many classes."""
     handle = ModelHandle(network)
     with handle.frozen(batch.device, None):
-        try:
-            classes = handle(batch).shape[1]
-        except RuntimeError as error:
-            size = "x".join(map(str, batch.shape[1:]))
-            raise ValueError(f"the model does not take images of {size}: {error}") from error
+        classes = first_logits(handle, batch).shape[1]
     same = data.labels is not None and int(data.labels.max()) + 1 == classes
     return data.labels if same else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["Mode", "Model", "ModelHandle", "logits_of", "unwrap"]
+__all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "logits_of", "unwrap"]
 
 Mode = Literal["eval", "train"]
 Route = Literal["clean", "auxiliary"]
@@ -119,7 +119,7 @@ class ModelHandle:
                 dtype = self.amp_dtype if low else None
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
             if self.mode == "train":
-                stack.enter_context(_buffers_kept(modules))
+                stack.enter_context(buffers_kept(modules))
                 if seed is not None:
                     cuda = [device] if device.type == "cuda" else []
                     stack.enter_context(torch.random.fork_rng(cuda))
@@ -236,7 +236,16 @@ def _full(cell: Any) -> bool:
 
 
 @contextmanager
-def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Their running statistics and other buffers, put back afterwards.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> with buffers_kept([norm]):
+        ...     _ = norm(torch.ones(4, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
     before = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
     try:
         yield

@@ -68,7 +68,7 @@ def run(
             "each class, or save an array 'labels' beside 'images'."
         )
     report = evaluate(
-        network.to(place), data.images.float() / (data.bins - 1), data.labels, threats=threats,
+        network.to(place), data.pixels, data.labels, threats=threats,
         flow=manifold, corruptions=corruptions, corruption_files=corruption_files, mean=mean,
         std=std, classes=data.classes, batch_size=batch_size, seed=seed, folder=folder,
         overwrite=overwrite, progress=progress, name=name or _name(model, weights),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attack.model import buffers_kept
 from ..transforms.functional import joint_space_adv
 from .draws import Draws
 from .threats import fooling, pgd
@@ -235,13 +236,11 @@ def _batch_norms(model: Callable[..., Any]) -> list[nn.Module]:
 @contextmanager
 def _batch_statistics(norms: list[nn.Module]) -> Iterator[None]:
     """BatchNorm asks the batch, and forgets what it heard."""
-    before = [(m, {n: b.clone() for n, b in m.named_buffers(recurse=False)}) for m in norms]
-    try:
-        for module in norms:
-            module.training = True
-        yield
-    finally:
-        for module, buffers in before:
-            module.training = False
-            for name, value in buffers.items():
-                module.get_buffer(name).copy_(value)
+    with buffers_kept(norms):
+        try:
+            for module in norms:
+                module.training = True
+            yield
+        finally:
+            for module in norms:
+                module.training = False

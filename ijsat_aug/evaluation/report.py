@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from ..flows.files import write_atomically
 __all__ = ["Kind", "Report", "Result", "Share", "wilson"]
 
 Kind = Literal["clean", "lp", "manifold", "unseen", "corruption"]
+ATTACKS: tuple[Kind, ...] = ("lp", "manifold", "unseen")
 FORMAT = 1
 
 
@@ -123,19 +124,33 @@ class Report:
         """The results of some kinds, in order."""
         return [result for result in self.results.values() if result.kind in kinds]
 
+    def attacks(self, *kinds: Kind) -> list[Result]:
+        """The results of some kinds of attacks; of all by default."""
+        return self.of_kind(*(kinds or ATTACKS))
+
+    def worst(self, names: Iterable[str]) -> str:
+        """For each image ``"1"`` where the model is right, clean and under all these threats."""
+        rows = [self.results[name].correct for name in ("clean", *names)]
+        return "".join("01"[all(c == "1" for c in image)] for image in zip(*rows, strict=True))
+
     def union(self, *kinds: Kind) -> Share:
         """The share of images that are right under every attack of these kinds; all by default."""
-        attacks = self.of_kind(*(kinds or ("lp", "manifold", "unseen")))
-        rows = [result.correct for result in (*self.of_kind("clean"), *attacks)]
-        right = sum(all(c == "1" for c in image) for image in zip(*rows, strict=True))
-        return wilson(right, len(rows[0]))
+        worst = self.worst(result.name for result in self.attacks(*kinds))
+        return wilson(worst.count("1"), len(worst))
 
     def corruptions(self) -> dict[str, float]:
         """The accuracy under each corruption, as the mean of its severities."""
-        found: dict[str, list[float]] = {}
+        return {
+            name: fmean(result.accuracy.value for result in results)
+            for name, results in self.by_corruption().items()
+        }
+
+    def by_corruption(self) -> dict[str, list[Result]]:
+        """The results of each corruption, one for each severity."""
+        found: dict[str, list[Result]] = {}
         for result in self.of_kind("corruption"):
-            found.setdefault(result.name.split("/")[0], []).append(result.accuracy.value)
-        return {name: fmean(values) for name, values in found.items()}
+            found.setdefault(result.name.split("/")[0], []).append(result)
+        return found
 
     def to_json(self) -> str:
         """All of it, with every single image."""
@@ -150,7 +165,7 @@ class Report:
     def summary(self) -> dict[str, float]:
         """The accuracies alone."""
         found = {r.name: r.accuracy.value for r in self.results.values() if r.kind != "corruption"}
-        if self.of_kind("lp", "manifold", "unseen"):
+        if self.attacks():
             found["worst case"] = self.union().value
         corruptions = self.corruptions()
         if corruptions:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import __version__
 from ..attack.model import Model
 from ..flows.manifold import Manifold
+from ..models import first_logits
 from ..transforms.checks import check_images
 from ..transforms.labels import as_target, check_logits
 from .corruptions import CORRUPTIONS, EXTRA, STANDARD, CorruptionFiles, corrupt
@@ -89,14 +90,16 @@ def evaluate(
     x, y = _checked(images, labels)
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
-    chosen = _threats(threats, flow, x.shape[1:])
+    chosen = select_threats(threats, flow, x.shape[1:])
     corrupted = _corruptions(corruptions)
     settings = {
         "name": name, "model": fingerprint(victim.model), "data": fingerprint(x, y),
         "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
         "flow": None if flow is None else fingerprint(_weights(flow)), "version": __version__,
     }  # fmt: skip
-    check_logits(_first_logits(victim, x[:1]), 1, y, values=True)
+    with victim.frozen():
+        logits = first_logits(victim, x[:1].to(victim.device)).detach()
+    check_logits(logits, 1, y, values=True)
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
     store = Store(folder, of_these, overwrite=overwrite)
@@ -125,23 +128,16 @@ class Batches:
     """Runs work in batches, and halves them for good where the memory does not suffice.
 
     Example:
-        >>> batches = Batches(4)
-        >>> list(batches.of(10))
-        [(0, 4), (4, 8), (8, 10)]
+        >>> Batches(4).run(10, print)
+        0 4
+        4 8
+        8 10
     """
 
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}.")
         self.size = size
-
-    def of(self, count: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of each batch; the size may change in between."""
-        begin = 0
-        while begin < count:
-            end = min(begin + self.size, count)
-            yield begin, end
-            begin = end
 
     def run(self, count: int, work: Callable[[int, int], None]) -> None:
         """Do the work on every batch, again in smaller ones where it did not fit."""
@@ -344,30 +340,6 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             "and the model's normalisation as mean= and std=."
         )
     return images.detach().float().cpu(), target.cpu()
-
-
-def _first_logits(victim: Victim, x: Tensor) -> Tensor:
-    with victim.frozen():
-        try:
-            return victim(x.to(victim.device)).detach()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            size = "x".join(map(str, x.shape[1:]))
-            raise ValueError(f"the model does not take images of {size}: {error}") from error
-
-
-def _threats(
-    threats: Sequence[str | Threat], flow: Manifold | None, shape: Sequence[int]
-) -> list[Threat]:
-    if isinstance(threats, str):
-        raise TypeError(f"threats must be a list, as in [{threats!r}].")
-    found: dict[str, Threat] = {}
-    for threat in threats:
-        members = [threat] if isinstance(threat, Threat) else select_threats([threat], flow, shape)
-        for member in members:
-            found.setdefault(member.name, member)
-    return list(found.values())
 
 
 def _corruptions(names: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
+from .corruptions.scores import corruption_score
 from .report import Kind, Report, Result, Share, wilson
 
 __all__ = ["Row", "rows"]
@@ -89,7 +90,7 @@ def rows(report: Report, against: Report | None = None) -> list[Row]:
         found += [_row(part, result, against) for result in results]
         if kind == "unseen" and len(results) > 1:
             found.append(_union(report, against, part, "worst case of the unseen", "unseen"))
-    attacks = report.of_kind("lp", "manifold", "unseen")
+    attacks = report.attacks()
     if attacks:
         count = f"{len(attacks)} attack" + "s" * (len(attacks) > 1)
         found.append(_union(report, against, "Altogether", f"worst case of {count}"))
@@ -106,42 +107,33 @@ def _row(part: str, result: Result, against: Report | None) -> Row:
 
 
 def _union(report: Report, against: Report | None, part: str, title: str, *kinds: Kind) -> Row:
-    names = {r.name for r in report.of_kind(*(kinds or ("lp", "manifold", "unseen")))}
+    names = [result.name for result in report.attacks(*kinds)]
     change = None
-    if against is not None and names <= set(against.results):
-        same = Report({}, {n: r for n, r in against.results.items() if n in names | {"clean"}})
-        change = _paired(_worst(report, kinds), _worst(same, kinds))
+    if against is not None and set(names) <= set(against.results):
+        change = _paired(report.worst(names), against.worst(names))
     return Row(part, title, "", "", report.union(*kinds), change, strong=True)
-
-
-def _worst(report: Report, kinds: tuple[Kind, ...]) -> str:
-    attacks = report.of_kind(*(kinds or ("lp", "manifold", "unseen")))
-    lines = [result.correct for result in (*report.of_kind("clean"), *attacks)]
-    return "".join("01"[all(c == "1" for c in image)] for image in zip(*lines, strict=True))
 
 
 def _corruptions(report: Report, against: Report | None) -> list[Row]:
     part = "Corruptions (mean of the severities)"
-    results = report.of_kind("corruption")
-    if not results:
+    groups = report.by_corruption()
+    if not groups:
         return []
     others = {} if against is None else {r.name: r for r in against.of_kind("corruption")}
     found = []
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.title, []).append(result)
-    for title, group in groups.items():
+    for group in groups.values():
         right = "".join(r.correct for r in group)
         pair = [others[r.name].correct for r in group if r.name in others]
         change = _paired(right, "".join(pair)) if len(pair) == len(group) else None
         share = _clustered([r.correct for r in group])
-        found.append(Row(part, title, f"{len(group)} severities", "", share, change))
-    mean = Share(fmean(row.accuracy.value for row in found), math.nan, math.nan)
+        found.append(Row(part, group[0].title, f"{len(group)} severities", "", share, change))
+    score = corruption_score({n: [r.accuracy.value for r in g] for n, g in groups.items()})
+    mean = Share(score.accuracy, math.nan, math.nan)
     changes = [row.change.value for row in found if row.change is not None]
     change = None
     if len(changes) == len(found):
         change = Share(fmean(changes), math.nan, math.nan)
-    title = f"mean of {len(found)} (mCE {100 * (1 - mean.value):.1f})"
+    title = f"mean of {len(found)} (mCE {score.mce:.1f})"
     return [*found, Row(part, title, "", "", mean, change, strong=True)]
 
 

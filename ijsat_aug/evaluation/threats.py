@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attack.ascent import Landscape, ascend
+from ..attack.ascent import Landscape, ascend, select
 from ..attack.balls import Norm, unit_ball
 from ..attack.objectives import cross_entropy
 from ..flows.calibration import recommended_eta
-from ..flows.manifold import Manifold
+from ..flows.manifold import Manifold, on_device
 from ..flows.pyramid import at_size
 from ..transforms.functional import joint_space_adv
+from ..words import number
 from .autoattack import auto_attack
 from .draws import Draws
 from .report import Kind
@@ -83,9 +84,9 @@ def joint(flow: Manifold | None, norm: Norm, eps: float, eta: float, steps: int)
     """The joint-space attack, from a random start."""
 
     def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
-        manifold = None if flow is None else _at(flow, x)
-        latent_start = None
-        if manifold is not None:
+        manifold = latent_start = None
+        if flow is not None:
+            manifold = at_size(on_device(flow, x.device), (x.shape[2], x.shape[3]))
             latent_start = eta * (2 * draws.uniform((len(x), manifold.latent_dim)) - 1)
         pixel_start = eps * unit_ball(norm, tuple(x.shape), draws.uniform, draws.normal)
         images = joint_space_adv(
@@ -104,8 +105,7 @@ def unseen(space: Space, budget: float, steps: int) -> Attack:
     def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
         picture, variables = space(x, budget, steps, draws.uniform)
         found = ascend(Landscape(picture, victim, fooling, y), variables, best=True)
-        sound = found.finite.reshape(-1, 1, 1, 1)
-        return Found(torch.where(sound, found.image, x))
+        return Found(select(found.finite, found.image, x))
 
     return attack
 
@@ -129,7 +129,7 @@ def make_threat(
     name, _, budget_text = head.partition("=")
     if name not in NAMES:
         raise ValueError(f"there is no threat {name!r}; there are {', '.join(NAMES)}.")
-    budget = _number(budget_text) if budget_text else None
+    budget = _budget(budget_text) if budget_text else None
     if steps_text and not (steps_text.isdecimal() and int(steps_text) > 0):
         raise ValueError(f"steps after '@' must be a number > 0, got {steps_text!r}.")
     steps = int(steps_text) if steps_text else None
@@ -142,13 +142,15 @@ def make_threat(
     # Whether it can be made of such images shows now, not after the threats before it.
     info.space(torch.zeros(1, *shape), budget, steps, Draws(0, name, [0]).uniform)
     attack = unseen(info.space, budget, steps)
-    return Threat(name, TITLES[name], "unseen", f"{budget:g}", steps, info.reference, attack)
+    return Threat(name, info.title, "unseen", f"{budget:g}", steps, info.reference, attack)
 
 
 def select_threats(
-    names: Sequence[str], flow: Manifold | None = None, shape: Sequence[int] = (3, 32, 32)
+    names: Sequence[str | Threat], flow: Manifold | None = None, shape: Sequence[int] = (3, 32, 32)
 ) -> list[Threat]:
     """Threats by name or by group; a group leaves out what needs a flow where there is none.
+
+    A threat of your own stays what it is.
 
     Example:
         >>> [threat.name for threat in select_threats(["quick"])]
@@ -156,15 +158,20 @@ def select_threats(
         >>> [threat.name for threat in select_threats(["linf=2/255", "fog"])]
         ['linf', 'fog']
     """
+    if isinstance(names, str):
+        raise TypeError(f"threats must be a list, as in [{names!r}].")
     found: dict[str, Threat] = {}
     for name in names:
-        members = GROUPS.get(name, (name,))
-        if name in GROUPS and flow is None:
-            members = tuple(m for m in members if m not in ("om", "jsa"))
-        for member in members:
-            threat = make_threat(member, flow, shape)
+        for threat in [name] if isinstance(name, Threat) else _members(name, flow, shape):
             found.setdefault(threat.name, threat)
     return list(found.values())
+
+
+def _members(name: str, flow: Manifold | None, shape: Sequence[int]) -> list[Threat]:
+    members = GROUPS.get(name, (name,))
+    if name in GROUPS and flow is None:
+        members = tuple(m for m in members if m not in ("om", "jsa"))
+    return [make_threat(member, flow, shape) for member in members]
 
 
 def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]) -> Threat:
@@ -204,34 +211,20 @@ def _manifold(name: str, budget: float | None, steps: int | None, flow: Manifold
     )  # fmt: skip
 
 
-def _at(flow: Manifold, x: Tensor) -> Manifold:
-    move = getattr(flow, "to", None)
-    placed: Manifold = flow if move is None else move(x.device)
-    return at_size(placed, (x.shape[2], x.shape[3]))
-
-
 def _show(eps: float) -> str:
     levels = eps * 255
     return f"{levels:g}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
-def _number(text: str) -> float:
-    top, _, bottom = text.partition("/")
-    try:
-        value = float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{text!r} is no budget; write for example 0.03 or 8/255.") from error
+def _budget(text: str) -> float:
+    value = number(text, "budget")
     if not 0 <= value < float("inf"):
         raise ValueError(f"a budget must be a number >= 0, got {text}.")
     return value
 
 
-TITLES = {
-    "stadv": "StAdv", "recolor": "ReColor", "elastic": "Elastic", "jpeg_linf": "JPEG L∞",
-    "jpeg_l1": "JPEG L1", "fog": "Fog", "snow": "Snow", "gabor": "Gabor", "lpips": "LPIPS",
-}  # fmt: skip
 NAMES = ("linf", "l2", "autoattack", "autoattack_l2", "om", "jsa", *SPACES)
-# LPIPS needs an extra and weights, so that only who asks for it by name gets it.
+# LPIPS needs weights that it downloads, so that only who asks for it by name gets it.
 UNSEEN = tuple(name for name in SPACES if name != "lpips")
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "quick": ("linf", "l2", "om", "jsa"),

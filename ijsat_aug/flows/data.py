@@ -33,6 +33,11 @@ class ImageData:
     name: str
     classes: tuple[str, ...] | None = None
 
+    @property
+    def pixels(self) -> Tensor:
+        """The images as floats in [0, 1]."""
+        return self.images.float() / (self.bins - 1)
+
     def split(self, held_out: float, seed: int = 0) -> tuple[ImageData, ImageData]:
         """A random training part and a held-out part, the same for the same seed."""
         count = len(self.images)

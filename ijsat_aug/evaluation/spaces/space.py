@@ -25,6 +25,7 @@ class SpaceInfo:
     """A space and how it is usually set.
 
     Attributes:
+        title: For people.
         space: ``(images, budget, steps, uniform) -> (picture, variables)``.
         budget: The default.
         steps: The default, after which more hardly raises the loss.
@@ -38,6 +39,7 @@ class SpaceInfo:
         True
     """
 
+    title: str
     space: Space
     budget: float
     steps: int

@@ -21,15 +21,19 @@ _OURS = "Kang et al. (UAR), 2019; budget calibrated here"
 
 SPACES: Mapping[str, SpaceInfo] = MappingProxyType(
     {
-        "stadv": SpaceInfo(stadv, 0.05, 50, _PAT),
-        "recolor": SpaceInfo(recolor, 0.06, 50, _PAT),
-        "elastic": SpaceInfo(elastic, 1.0, 50, _UAR, (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)),
-        "jpeg_linf": SpaceInfo(jpeg_linf, 0.25, 50, _UAR, (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)),
-        "jpeg_l1": SpaceInfo(jpeg_l1, 256.0, 50, _UAR, (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0)),
-        "fog": SpaceInfo(fog, 0.193, 50, _OURS),
-        "snow": SpaceInfo(snow, 0.42, 50, _OURS),
-        "gabor": SpaceInfo(gabor, 0.162, 50, _OURS),
-        "lpips": SpaceInfo(lpips, 0.5, 40, _PAT),
+        "stadv": SpaceInfo("StAdv", stadv, 0.05, 50, _PAT),
+        "recolor": SpaceInfo("ReColor", recolor, 0.06, 50, _PAT),
+        "elastic": SpaceInfo("Elastic", elastic, 1.0, 50, _UAR, (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)),
+        "jpeg_linf": SpaceInfo(
+            "JPEG L∞", jpeg_linf, 0.25, 50, _UAR, (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
+        ),
+        "jpeg_l1": SpaceInfo(
+            "JPEG L1", jpeg_l1, 256.0, 50, _UAR, (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0)
+        ),
+        "fog": SpaceInfo("Fog", fog, 0.193, 50, _OURS),
+        "snow": SpaceInfo("Snow", snow, 0.42, 50, _OURS),
+        "gabor": SpaceInfo("Gabor", gabor, 0.162, 50, _OURS),
+        "lpips": SpaceInfo("LPIPS", lpips, 0.5, 40, _PAT),
     }
 )
 """Name -> space, for images of about 32 pixels.
