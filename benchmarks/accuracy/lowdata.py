@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import statistics
@@ -36,39 +37,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
+from benchmarks.training import crop_and_flip
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
-STEPS = {500: 960, 2500: 2000}
+STEPS = {500: 1920, 2500: 2400}
 BATCH, VALIDATION, CHECKS = 128, 1000, 20
 LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
 Batches = Iterator[tuple[Tensor, Tensor]]
-Augment = Callable[[nn.Module, FrozenGlow], tuple[Any, int]]
+# A transform and the loader's options, whose epochs are twentieths of the training.
+Augmentation = tuple[Any, dict[str, Any]]
+Augment = Callable[[nn.Module, FrozenGlow], Augmentation]
 
 
-def _none(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
-    return (lambda batch: batch), 1
+def _none(network: nn.Module, flow: FrozenGlow) -> Augmentation:
+    return (lambda batch: batch), {}
 
 
-def _mixup(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
+def _mixup(network: nn.Module, flow: FrozenGlow) -> Augmentation:
     mix = v2.MixUp(alpha=1.0, num_classes=10)
-    return (lambda batch: mix(*batch)), 1
+    return (lambda batch: mix(*batch)), {}
 
 
-def _pixel(network: nn.Module, flow: FrozenGlow) -> tuple[Any, int]:
-    return RobustMixup(network, num_classes=10, **LOW), 1
+def _pixel(network: nn.Module, flow: FrozenGlow) -> Augmentation:
+    return RobustMixup(network, num_classes=10, **LOW), {}
 
 
 def _latent(
-    network: nn.Module, flow: FrozenGlow, mixed: bool = True, times: int = 1, **options: Any
-) -> tuple[Any, int]:
-    """One linear step on the manifold, alone or on blends; ``times=2`` takes it by replay."""
-    options = {"eps": 0, "method": "linear", "target": "prediction", **LOW, **options}
-    if times > 1:
-        options["target"] = "label"
-    latent = JointSpaceAdv(None if times > 1 else network, flow, **options)
-    return (RobustMixup(network, num_classes=10, attack=latent) if mixed else latent), times
+    network: nn.Module, flow: FrozenGlow, mixed: bool = True, **options: Any
+) -> Augmentation:
+    """A linear step on the manifold away from the model's own prediction, alone or on blends."""
+    defaults = {"eps": 0, "method": "linear", "target": "prediction", **LOW}
+    latent = JointSpaceAdv(network, flow, **{**defaults, **options})
+    return (RobustMixup(network, num_classes=10, attack=latent) if mixed else latent), {}
+
+
+def _replay(
+    network: nn.Module, flow: FrozenGlow, mixed: bool = True, share: float = 1.0, **loading: Any
+) -> Augmentation:
+    """The same along the gradient of the training step, in every other step."""
+    eta = share * JointSpaceAdv(None, flow, eps=0).threat.eta
+    latent = JointSpaceAdv(None, flow, eps=0, eta=eta)
+    transform = RobustMixup(network, num_classes=10, attack=latent) if mixed else latent
+    return transform, {"replay": 2, **loading}
 
 
 ROWS: dict[str, Augment] = {
@@ -76,32 +88,21 @@ ROWS: dict[str, Augment] = {
     "mixup": _mixup,
     "RobustMixup": _pixel,
     "latent step": partial(_latent, mixed=False),
-    "latent step, half of each batch": partial(_latent, mixed=False, fraction=0.5),
-    "latent step, replay": partial(_latent, mixed=False, times=2),
+    "latent step, replay": partial(_replay, mixed=False),
     "mixup + latent step": _latent,
     "mixup + latent step, half of each batch": partial(_latent, fraction=0.5),
-    "mixup + latent step, replay": partial(_latent, times=2),
+    "mixup + latent step, replay": _replay,
+    "mixup + latent step, replay, half the radius": partial(_replay, share=0.5),
+    "mixup + latent step, replay, not in the last 30 %": partial(_replay, epochs=(0, 14)),
     "mixup + joint step": partial(_latent, eps=1 / 255),
 }
 # Who trains for as long as another row took, with the same seed.
 AS_LONG = {
     f"{who}, for as long as {whom}": (who, whom)
     for who in ("plain", "mixup")
-    for whom in ("latent step, replay", "mixup + latent step, replay", "mixup + latent step")
+    for whom in ROWS
+    if "latent" in whom
 }
-
-
-def crop_and_flip(images: Tensor) -> Tensor:
-    """A random crop of the images padded by 4, mirrored or not; uint8 -> float."""
-    count, _, size, _ = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(9, (2, count, 1))
-    along = torch.arange(size)
-    across = torch.where(torch.rand(count, 1) < 0.5, along, size - 1 - along) + left
-    rows = (top + along)[:, None, :, None]
-    which = torch.arange(count)[:, None, None, None]
-    channel = torch.arange(3)[None, :, None, None]
-    return padded[which, channel, rows, across[:, None, None, :]].float() / 255
 
 
 def endless(images: Tensor, labels: Tensor) -> Batches:
@@ -112,6 +113,16 @@ def endless(images: Tensor, labels: Tensor) -> Batches:
             order = torch.cat([order, torch.randperm(len(images))])
         index, order = order[:BATCH], order[BATCH:]
         yield crop_and_flip(images[index]), labels[index]
+
+
+class Part:
+    """So many of the batches, and the next ones when it is asked again."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Batches:
+        return itertools.islice(self.batches, self.count)
 
 
 def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,16 +158,14 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    transform, times = ROWS[row](network, flow)
-    batches: Batches = endless(images[chosen], labels[chosen])
-    if not hasattr(transform, "augment"):
-        loader: Any = map(transform, batches)
-    else:
-        loader = AugmentedLoader(batches, transform, replay=times)
+    transform, options = ROWS[row](network, flow)
+    times = options.get("replay", 1)
+    part = Part(endless(images[chosen], labels[chosen]), STEPS[size] // (CHECKS * times))
+    parts = itertools.repeat(AugmentedLoader(part, transform, **options))
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
     begin, paused, step, done = time.process_time(), 0.0, 0, 0.0
     next_check = 1 / CHECKS
-    for x, y in loader:
+    for x, y in itertools.chain.from_iterable(parts):
         optimizer.param_groups[0]["lr"] = cycle(done)
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
+from benchmarks.training import train_plainly
 from ijsat_aug.attack import (
     Landscape,
     LinfBall,
@@ -45,44 +45,6 @@ TO_CALIBRATE = ("fog", "snow", "gabor")
 GRID = [2.0**k for k in range(-5, 4)]
 POINT = 0.01
 BATCH = 128
-
-
-def train(epochs: int, seed: int) -> nn.Module:
-    """A ResNet-18 of a quarter of the width, with SGD, one cycle, crop and flip, in bfloat16."""
-    torch.manual_seed(seed)
-    images, labels = cifar10()
-    network = cifar_resnet18(width=16).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
-    total = epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=total)
-    for step in range(total):
-        if step % (total // epochs) == 0:
-            order = torch.randperm(len(images)).split(BATCH)
-        index = order[step % (total // epochs)]
-        x = crop_and_flip(images[index].float() / 255)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network(x.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step} of {total}: loss {loss.item():.3f}")
-    return network.eval()
-
-
-def crop_and_flip(images: Tensor) -> Tensor:
-    """Each image moved by up to 4 pixels over black, and mirrored or not."""
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
-    down, right = torch.randint(9, (2, batch, 1))
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    columns = torch.where(torch.rand(batch, 1) < 0.5, columns, columns.flip(1))
-    which = torch.arange(batch)[:, None, None]
-    return padded[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def linf(
@@ -163,14 +125,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    if options.weights is not None and options.weights.exists():
-        network: nn.Module = cifar_resnet18(width=16).eval()
-        network.load_state_dict(torch.load(options.weights, weights_only=True))
-    else:
-        network = train(options.epochs, options.seed)
-        if options.weights is not None:
-            torch.save(network.state_dict(), options.weights)
-
+    network = train_plainly(
+        partial(cifar_resnet18, width=16), *cifar10(), options.epochs, seed=options.seed,
+        weights=options.weights,
+    )  # fmt: skip
     images, labels = (part[: options.images] for part in cifar10(train=False))
     images = images.float() / 255
     memory = torch.channels_last

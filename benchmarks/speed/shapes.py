@@ -81,7 +81,7 @@ def main() -> None:
             train(name, options.minutes, options.work)
     names = {"cifar10": "cifar10"} | {name: str(options.work / _slug(name)) for name in SHAPES}
     flows = {name: load_flow(path) for name, path in names.items()}
-    network = trained(Path("runs/strength/network.pt"), 6, torch.device("cpu"))
+    network = trained(Path("runs/strength"))
     images, labels = cifar10(train=False)
     x, y = images[:512].float() / 255, labels[:512]
     clean = loss(network, x, y)

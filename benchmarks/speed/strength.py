@@ -2,8 +2,8 @@
 
 Run:  IJSAT_DATA=... python benchmarks/speed/strength.py     (half an hour on two cores)
 
-A CIFAR ResNet-18 of quarter width is trained plainly on real CIFAR-10 for some minutes and then
-stays as it is. Every setting attacks the same test images; recorded are how much the cross-entropy
+A CIFAR ResNet-18 of quarter width is trained plainly on real CIFAR-10 for six epochs and then stays
+as it is. Every setting attacks the same test images; recorded are how much the cross-entropy
 rises, in eval mode, and the time that the attack takes, medians of interleaved rounds, in
 multiples of a plain training step. A setting is on the Pareto front when nothing cheaper raises the
 loss as much. ``docs/strength.png`` shows it. The random starts are those of the transforms, so that
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
+from benchmarks.training import train_plainly
 from ijsat_aug import JointSpaceAdv, load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
 
@@ -41,28 +40,11 @@ COLOURS = {"pixel": "tab:blue", "latent": "tab:orange", "joint": "tab:green"}
 Attack = Callable[[], Tensor]
 
 
-def trained(path: Path, minutes: float, device: torch.device) -> nn.Module:
+def trained(work: Path) -> nn.Module:
     """A quarter-width ResNet-18, trained plainly; kept in a file."""
-    torch.manual_seed(0)
-    network = cifar_resnet18(width=16).to(device)
-    if path.is_file():
-        network.load_state_dict(torch.load(path, weights_only=True))
-        return network.eval()
-    images, labels = (t.to(device) for t in cifar10(train=True, batches=2))
-    crop = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    begin = time.perf_counter()
-    while (done := (time.perf_counter() - begin) / (60 * minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - done)
-        index = torch.randint(len(images), (128,), device=device)
-        x = torch.stack([crop(image) for image in images[index]]).float() / 255
-        loss = F.cross_entropy(network(x), labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), path)
-    return network.eval()
+    images, labels = cifar10()
+    weights = work / "network.safetensors"
+    return train_plainly(partial(cifar_resnet18, width=16), images, labels, 6, weights=weights)
 
 
 def attacks(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Attack]:
@@ -182,11 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=6, help="of training")
     parser.add_argument("--work", type=Path, default=Path("runs/strength"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = trained(options.work / "network.pt", options.minutes, device)
+    network = trained(options.work)
     images, labels = cifar10(train=False)
     x = images[: options.batch].to(device).float() / 255
     y = labels[: options.batch].to(device)

@@ -1,0 +1,74 @@
+"""Ordinary training, for the networks that benchmarks look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+BATCH = 128
+
+
+def train_plainly(
+    make: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    *,
+    seed: int = 0,
+    weights: Path | None = None,
+) -> nn.Module:
+    """SGD, one cycle, crop and flip, bfloat16; the network comes back in eval mode.
+
+    Args:
+        make: Makes the network.
+        images: ``(N, 3, H, W)``, uint8.
+        labels: Their classes.
+        epochs: How long.
+        seed: Of the weights, the order and the crops.
+        weights: A file that keeps the result, and is used instead where it is there.
+    """
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = make().to(device)
+    if weights is not None and weights.is_file():
+        network.load_state_dict(load_file(weights))
+        return network.eval()
+    network = network.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    each = len(images) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=epochs * each)
+    for epoch in range(epochs):
+        for index in torch.randperm(len(images)).split(BATCH)[:each]:
+            x = crop_and_flip(images[index]).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = network(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[index].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        print(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}")
+    network = network.to(memory_format=torch.contiguous_format).eval()
+    if weights is not None:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, weights)
+    return network
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """uint8 to [0, 1]; each image moved by up to 4 pixels over black, and mirrored or not."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    down, right = torch.randint(9, (2, batch, 1))
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    columns = torch.where(torch.rand(batch, 1) < 0.5, columns, columns.flip(1))
+    which = torch.arange(batch)[:, None, None]
+    moved = padded[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    return moved.float() / 255
