@@ -111,6 +111,12 @@ def network(_trained_network: nn.Sequential) -> nn.Sequential:
     return net.train()
 
 
+@pytest.fixture
+def net(network: nn.Sequential) -> nn.Sequential:
+    """The same in eval mode."""
+    return network.eval()
+
+
 @pytest.fixture(scope="session")
 def labels() -> Tensor:
     """The classes of ``digits``."""

@@ -25,11 +25,6 @@ from ijsat_aug.functional import joint_space_adv, robust_mixup
 from tests.conftest import random_glow, trained_glow
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def realnvp(digits: Tensor) -> nf.NormalizingFlow:
     """A RealNVP that a user trained on flat digits for a moment."""
     mask = torch.arange(64) % 2

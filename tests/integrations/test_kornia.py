@@ -16,11 +16,6 @@ from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.integrations.kornia import AugmentationSequential
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def adv(net, flow=None, **options) -> JointSpaceAdv:
     return JointSpaceAdv(net, flow, eta=None if flow else 0, eps=0.05, **options)
 

@@ -11,11 +11,6 @@ from torchvision.transforms import v2
 from ijsat_aug import JointSpaceAdv, RobustMixup
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def ours(net: nn.Sequential) -> list:
     return [JointSpaceAdv(net, "digits", eps=0.05), RobustMixup(net, num_classes=10, eps=0.05)]
 

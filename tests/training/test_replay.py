@@ -12,11 +12,6 @@ from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
 from ijsat_aug.functional import joint_space_adv
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def loader(digits: Tensor, labels: Tensor, count: int = 24, size: int = 8) -> DataLoader:
     return DataLoader(TensorDataset(digits[:count], labels[:count]), batch_size=size)
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.functional import robust_mixup
-
-
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
 
 
 def drawn(mix: RobustMixup, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], dict]:

@@ -12,11 +12,6 @@ from ijsat_aug.attack import cross_entropy, margin
 from ijsat_aug.transforms.threat import Threat
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def loss(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return F.cross_entropy(net(x), y).item()
 

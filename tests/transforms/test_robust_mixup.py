@@ -16,11 +16,6 @@ from ijsat_aug.functional import robust_mixup
 from ijsat_aug.transforms.mixing import adversity
 
 
-@pytest.fixture
-def net(network: nn.Sequential) -> nn.Sequential:
-    return network.eval()
-
-
 def soft_loss(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return -(t * net(x).log_softmax(1)).sum(1)
 
