@@ -86,6 +86,16 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     return {"median": round(middle, 3), "q1": round(low, 3), "q3": round(high, 3)}
 
 
+def verdict(value: float, target: float | None) -> str:
+    """Whether a ratio stays below its target, if it has one."""
+    return "" if target is None else f"target {target:g} " + "✗✓"[value <= target]
+
+
+def spread(found: Mapping[str, float]) -> str:
+    """The median of :func:`ratio` and, in brackets, its quartiles."""
+    return f"{found['median']:.2f} [{found['q1']:.2f}–{found['q3']:.2f}]"
+
+
 def median_ms(seconds: list[float]) -> float:
     """Median in milliseconds."""
     return round(1e3 * statistics.median(seconds), 2)

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,7 +95,7 @@ def attack_table() -> str:
             name, _, against = run.partition(" / ")
             if against == base:
                 found = [result["results"][s]["ratios"][run] for s in settings]
-                cells = [f"{r['median']:.2f} [{r['q1']:.2f}–{r['q3']:.2f}]" for r in found]
+                cells = [spread(r) for r in found]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
     lines.append("")
@@ -103,18 +108,83 @@ def attack_table() -> str:
 
 def step_table() -> str:
     """Time and memory of a training step."""
-    result = load("speed-step-cpu")
-    lines = ["| | time | peak memory |", "|---|---|---|"]
+    result, large = load("speed-step-cpu"), load("speed-step-224-cpu")
+    lines = ["| | time | peak memory | time, 224 px | peak memory |", "|---|---|---|---|---|"]
     for name, r in result["ratios"].items():
         if name != "plain":
-            memory = result["memory_ratios"][name]
-            lines.append(
-                f"| {name} | {r['median']:.2f} [{r['q1']:.2f}–{r['q3']:.2f}] | {memory:.2f} |"
-            )
+            cells = [spread(r), f"{result['memory_ratios'][name]:.2f}"]
+            known = name in large["ratios"]
+            cells.append(spread(large["ratios"][name]) if known else "")
+            cells.append(f"{large['memory_ratios'][name]:.2f}" if known else "")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(
         f"Median [quartiles] of {result['rounds']} interleaved rounds; one attack step where no "
         f"number is given. {result['hardware']}, torch {result['torch']}, {result['date']}."
+    )
+    return "\n".join(lines)
+
+
+def strength_table() -> str:
+    """What stands on the Pareto front of loss against time, and what one step of each kind buys."""
+    result = load("strength-cpu")
+    shown = [name for name in result["gains"] if "steps" not in name or "1 steps" in name]
+    lines = ["| | time | loss gained | on the front |", "|---|---|---|---|"]
+    for name in sorted(shown, key=lambda name: result["ratios"][name]["median"]):
+        front = "yes" if name in result["front"] else ""
+        lines.append(
+            f"| {name.replace('1 steps', '1 step')} | {result['ratios'][name]['median']:.3f} | "
+            f"{result['gains'][name]:.2f} | {front} |"
+        )
+    lines.append("")
+    lines.append(
+        f"Clean loss {result['clean_loss']:.2f}; times in plain training steps. Median of "
+        f"{result['rounds']} interleaved rounds. {result['hardware']}, torch {result['torch']}, "
+        f"{result['date']}."
+    )
+    return "\n".join(lines)
+
+
+def shapes_table() -> str:
+    """Flows of other shapes, trained for the same time."""
+    result = load("flow-shapes")
+    lines = [
+        "| flow | trained | bits/dim | time of a latent step | loss gained |",
+        "|---|---|---|---|---|",
+    ]
+    for name, flow in result["flows"].items():
+        title = f"`{name}`" if name.startswith("cifar10") else name
+        lines.append(
+            f"| {title} | {flow['minutes']:.0f} min | {flow['bits_per_dim']:.2f} | "
+            f"{flow['ratio']['median']:.2f} | {flow['gain']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def lowdata_table() -> str:
+    """Accuracy with few labels, at equal steps and at equal time."""
+    result = load("lowdata-cifar10")
+    lines = [
+        "| labels | augmentation | accuracy | over mixup | over mixup for as long | steps | time |",
+        "|--:|---|---|---|---|--:|--:|",
+    ]
+    for size, rows in result["table"].items():
+        for name, row in rows.items():
+            seconds = row["seconds"] / rows["plain"]["seconds"]
+            gains = [
+                row.get(f"over {rival}") for rival in ("mixup", f"mixup, for as long as {name}")
+            ]
+            cells = ["" if gain is None else f"{gain[0]:+.1f} ± {gain[1]:.1f}" for gain in gains]
+            mean, half = row["accuracy"]
+            lines.append(
+                f"| {size} | {name} | {mean:.1f} ± {half:.1f} | {' | '.join(cells)} | "
+                f"{row['steps']} | {seconds:.2f} |"
+            )
+    seeds = max(len(row["seeds"]) for rows in result["table"].values() for row in rows.values())
+    lines.append("")
+    lines.append(
+        f"Test accuracy in % of the last epoch, mean over {seeds} seeds with its 95 % interval; "
+        f"differences are paired. {result['hardware']}, one thread, {result['date']}."
     )
     return "\n".join(lines)
 
@@ -164,10 +234,13 @@ _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn fr
 TABLES = {
     "attack": attack_table,
     "flows": flows_table,
+    "lowdata": lowdata_table,
     "pyramid": pyramid_sentence,
     "robustness": robustness_tables,
+    "shapes": shapes_table,
     "speed": speed_table,
     "step": step_table,
+    "strength": strength_table,
 }
 
 

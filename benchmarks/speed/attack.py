@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, median_ms, ratio, record
+from benchmarks.harness import interleave, median_ms, ratio, record, spread, verdict
 from benchmarks.networks import cifar_resnet18
 from benchmarks.speed.flow import classifier_gradient, frozen_gradient
 from ijsat_aug import FrozenGlow, JointSpaceAdv, load_flow
@@ -170,12 +170,7 @@ def measure(batch: int, rounds: int) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> None:
     """Print every ratio with its target."""
     for name, value in result["ratios"].items():
-        target = TARGETS.get(name)
-        verdict = (
-            "" if target is None else f"target {target:.2f} " + "✗✓"[value["median"] <= target]
-        )
-        spread = f"[{value['q1']:.2f}-{value['q3']:.2f}]"
-        print(f"  {name:<45} {value['median']:5.3f} {spread:<14} {verdict}")
+        print(f"  {name:<45} {spread(value):<18} {verdict(value['median'], TARGETS.get(name))}")
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug.flows.fold import freeze
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -186,9 +186,7 @@ def report(result: dict[str, Any]) -> None:
     flat = {k: (v["median"], f"[{v['q1']:.2f}-{v['q3']:.2f}]") for k, v in result["ratios"].items()}
     flat |= {k: (v, "") for k, v in result["memory_ratios"].items()}
     for name, (value, spread) in flat.items():
-        target = TARGETS.get(name)
-        verdict = "" if target is None else f"target {target:.2f} " + "✗✓"[value <= target]
-        print(f"  {name:<42} {value:5.3f} {spread:<14} {verdict}")
+        print(f"  {name:<42} {value:5.3f} {spread:<14} {verdict(value, TARGETS.get(name))}")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torchvision.models import resnet50
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict
 from ijsat_aug import load_flow
 from ijsat_aug.flows import Manifold, Pyramid, Tiles
 
@@ -94,9 +94,8 @@ def main() -> None:
     keep_memory()
     result = measure(options.batch, options.rounds, not options.no_tiles)
     for name, value in result["ratios"].items():
-        target = TARGETS.get(name)
-        verdict = "" if target is None else f"target {target} " + "✗✓"[value["median"] <= target]
-        print(f"  {name:<26} {value['median']:6.3f} [{value['q1']}-{value['q3']}] {verdict}")
+        judged = verdict(value["median"], TARGETS.get(name))
+        print(f"  {name:<26} {value['median']:6.3f} [{value['q1']}-{value['q3']}] {judged}")
     if not options.no_record:
         where = "gpu" if torch.cuda.is_available() else "cpu"
         payload = {"size": SIZE, "flow": "cifar10", "batch": options.batch}

@@ -39,7 +39,9 @@ from benchmarks.harness import (
     ratio,
     record,
     resident,
+    spread,
     start_peak,
+    verdict,
 )
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
@@ -225,11 +227,9 @@ def main() -> None:
         return
     result = measure(setting, options.rounds, device)
     for name, value in result["ratios"].items():
-        target = setting.targets.get(name)
-        verdict = "" if target is None else f"target {target} " + "✗✓"[value["median"] <= target]
-        spread = f"[{value['q1']:.2f}-{value['q3']:.2f}]"
+        judged = verdict(value["median"], setting.targets.get(name))
         memory = result["memory_ratios"][name]
-        print(f"  {name:<34} {value['median']:6.2f} {spread:<15} memory {memory:.2f} {verdict}")
+        print(f"  {name:<40} {spread(value):<18} memory {memory:.2f} {judged}")
     if not options.no_record:
         payload = {"network": setting.name, "flow": "cifar10", "batch": setting.batch}
         payload |= {"rounds": options.rounds, "seed": 0, "targets": setting.targets, **result}
