@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .report import Result
+from .report import Entry, Result
 
 __all__ = ["Display"]
 
@@ -38,10 +38,10 @@ class Display:
         if self._bars is not None:
             self._bars.stop()
 
-    def start(self, result: Result, count: int) -> None:
+    def start(self, entry: Entry, count: int) -> None:
         """A threat begins on so many images."""
         if self._bars is not None:
-            self._task = self._bars.add_task(_title(result), total=count, text="")
+            self._task = self._bars.add_task(entry.label, total=count, text="")
 
     def advance(self, count: int) -> None:
         """So many images are done."""
@@ -65,9 +65,5 @@ class Display:
         """A result was there already."""
         if self._bars is not None and result.kind != "corruption":
             self._bars.console.print(
-                f"{_title(result):<28} {result.accuracy.value:6.1%} right, from an earlier run"
+                f"{result.label:<28} {result.accuracy.value:6.1%} right, from an earlier run"
             )
-
-
-def _title(result: Result) -> str:
-    return f"{result.title} {result.budget}".strip()

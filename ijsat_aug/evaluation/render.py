@@ -131,7 +131,7 @@ def _html_pictures(report: Report) -> str:
 
 
 def _html_line(report: Report, clean: Result, result: Result) -> str:
-    title = html.escape(f"{result.title} {result.budget}".strip())
+    title = html.escape(result.label)
     cells = []
     for i, (image, seen) in enumerate(zip(result.pictures, result.seen, strict=True)):
         fooled = "fooled" if seen != report.truth[i] else ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from ..flows.files import write_atomically
 
-__all__ = ["Kind", "Report", "Result", "Share", "wilson"]
+__all__ = ["Entry", "Kind", "Report", "Result", "Share", "wilson"]
 
 Kind = Literal["clean", "lp", "manifold", "unseen", "corruption"]
 ATTACKS: tuple[Kind, ...] = ("lp", "manifold", "unseen")
@@ -48,16 +48,41 @@ def wilson(hits: int, count: int, z: float = 1.959964) -> Share:
 
 
 @dataclass(frozen=True)
-class Result:
+class Entry:
+    """What is done to the images: one line of the table.
+
+    Attributes:
+        name: On the command line, such as ``"linf"``; of a corruption with its severity,
+            ``"fog/3"``.
+        title: For people.
+        kind: Which part of the table it belongs to.
+        budget: As people write it, such as ``"8/255"``.
+        steps: Of the attack.
+        reference: Where attack and budget come from.
+
+    Example:
+        >>> Entry("linf", "PGD L∞", "lp", "8/255", 50, "Madry et al., 2018").label
+        'PGD L∞ 8/255'
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    budget: str
+    steps: int
+    reference: str
+
+    @property
+    def label(self) -> str:
+        """Title and budget."""
+        return f"{self.title} {self.budget}".strip()
+
+
+@dataclass(frozen=True)
+class Result(Entry):
     """What one threat left of the accuracy.
 
     Attributes:
-        name: Of the threat, such as ``"linf"``; of a corruption with its severity, ``"fog/3"``.
-        title: For people.
-        kind: Which part of the table it belongs to.
-        budget: As the title says it, such as ``"8/255"``.
-        steps: Of the attack.
-        reference: Where the threat and its budget come from.
         correct: One character an image: ``"1"`` where the model was right whatever the attack did.
         seconds: That it took.
         notes: What came out beside, such as the accuracy after each part of AutoAttack.
@@ -70,17 +95,17 @@ class Result:
         0.75
     """
 
-    name: str
-    title: str
-    kind: Kind
-    budget: str
-    steps: int
-    reference: str
     correct: str
     seconds: float = 0.0
     notes: Mapping[str, float] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
     seen: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, entry: Entry, correct: str, **found: Any) -> Result:
+        """What was found of a threat."""
+        facts = {field.name: getattr(entry, field.name) for field in fields(Entry)}
+        return cls(**facts, correct=correct, **found)
 
     @property
     def accuracy(self) -> Share:

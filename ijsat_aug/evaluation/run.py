@@ -22,7 +22,7 @@ from .credibility import black_box_wins, doubts
 from .display import Display
 from .draws import Draws
 from .pictures import to_png
-from .report import Report, Result
+from .report import Entry, Report, Result
 from .store import Store, fingerprint
 from .threats import Threat, select_threats
 from .victim import Victim
@@ -185,17 +185,17 @@ class Work:
 
     def clean(self) -> Result:
         """The accuracy without any threat; tells which images are shown."""
-        kept = self._kept("clean", "", 0)
+        nothing = Entry("clean", "clean", "clean", "", 0, "")
+        kept = self._kept(nothing)
         if kept is None:
             every = range(len(self.x))
-            nothing = Result("clean", "clean", "clean", "", 0, "", "")
             kept = self._keep(nothing, lambda begin, end: (self.x[begin:end], {}), every)
         self.shown[:] = _one_of_each(self.y, kept.correct)
         return replace(kept, **self._drawn({}, {}))
 
     def threat(self, threat: Threat, clean: Result) -> Result:
         """What an attack leaves of what was right."""
-        kept = self._kept(threat.name, threat.budget, threat.steps)
+        kept = self._kept(threat)
         if kept is not None:
             return kept
         right = [i for i, c in enumerate(clean.correct) if c == "1"]
@@ -207,26 +207,16 @@ class Work:
             found = threat.attack(self.victim, x, y, draws)
             return found.images, dict(found.right)
 
-        empty = Result(
-            threat.name,
-            threat.title,
-            threat.kind,
-            threat.budget,
-            threat.steps,
-            threat.reference,
-            "",
-        )
-        return self._keep(empty, attack, right)
+        return self._keep(threat, attack, right)
 
     def corruptions(self, names: Sequence[str], source: Source) -> Iterator[Result]:
         """The accuracy under each corruption at each severity."""
         for name in names:
             for severity in _SEVERITIES:
-                title = f"{name}/{severity}"
-                budget = f"severity {severity}"
-                kept = self._kept(title, budget, 0)
+                title, budget = name.replace("_", " "), f"severity {severity}"
+                entry = Entry(f"{name}/{severity}", title, "corruption", budget, 0, "")
+                kept = self._kept(entry)
                 if kept is None:
-                    empty = Result(title, name.replace("_", " "), "corruption", budget, 0, "", "")
 
                     def look(
                         begin: int, end: int, name: str = name, severity: int = severity
@@ -235,19 +225,19 @@ class Work:
                         return pixels.to(self.victim.device).float() / 255, {}
 
                     kept = self._keep(
-                        empty, look, range(len(self.x)), draw=severity == _SHOWN_SEVERITY
+                        entry, look, range(len(self.x)), draw=severity == _SHOWN_SEVERITY
                     )
                 yield kept
 
-    def _kept(self, name: str, budget: str, steps: int) -> Result | None:
-        kept = self.store.get(name, budget, steps)
+    def _kept(self, entry: Entry) -> Result | None:
+        kept = self.store.get(entry)
         if kept is not None:
             self.display.reuse(kept)
         return kept
 
     def _keep(
         self,
-        empty: Result,
+        entry: Entry,
         make: Callable[[int, int], tuple[Tensor, dict[str, Tensor]]],
         places: Sequence[int],
         draw: bool = True,
@@ -273,11 +263,11 @@ class Work:
                 notes[name] = notes.get(name, 0) + int(right.sum())
             self.display.advance(end - begin)
 
-        self.display.start(empty, len(places))
+        self.display.start(entry, len(places))
         self.batches.run(len(places), step)
-        result = replace(
-            empty, correct="".join(correct), seconds=round(time.perf_counter() - started, 2),
-            notes=notes, **(self._drawn(pictures, seen) if draw else {}),
+        result = Result.of(
+            entry, "".join(correct), seconds=round(time.perf_counter() - started, 2), notes=notes,
+            **(self._drawn(pictures, seen) if draw else {}),
         )  # fmt: skip
         self.store.put(result)
         self.display.finish(result)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..flows.files import write_atomically
-from .report import Result, read_result
+from .report import Entry, Result, read_result
 
 __all__ = ["Store", "fingerprint"]
 
@@ -30,7 +30,7 @@ class Store:
         >>> clean = Result("clean", "clean", "clean", "", 0, "", "1110")
         >>> with tempfile.TemporaryDirectory() as place:
         ...     Store(place, {"seed": 0}).put(clean)
-        ...     Store(place, {"seed": 0}).get("clean", "", 0) == clean
+        ...     Store(place, {"seed": 0}).get(clean) == clean
         True
     """
 
@@ -55,24 +55,24 @@ class Store:
         if before != wanted:
             write_atomically(place, (json.dumps(wanted, indent=1) + "\n").encode())
 
-    def get(self, name: str, budget: str, steps: int) -> Result | None:
+    def get(self, entry: Entry) -> Result | None:
         """The result of a threat with this budget, if there is one."""
-        file = self._file(name, budget, steps)
+        file = self._file(entry)
         if file is None or not file.is_file():
             return None
         return read_result(json.loads(file.read_text(encoding="utf-8")))
 
     def put(self, result: Result) -> None:
         """Keep a result."""
-        file = self._file(result.name, result.budget, result.steps)
+        file = self._file(result)
         if file is not None:
             write_atomically(file, json.dumps(asdict(result)).encode())
 
-    def _file(self, name: str, budget: str, steps: int) -> Path | None:
+    def _file(self, entry: Entry) -> Path | None:
         if self.folder is None:
             return None
-        words = f"{name}-{budget}-{steps}"
-        plain = "".join(c if c.isalnum() else "-" for c in name)
+        words = f"{entry.name}-{entry.budget}-{entry.steps}"
+        plain = "".join(c if c.isalnum() else "-" for c in entry.name)
         return self.folder / f"result-{plain}-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
 
 

@@ -20,7 +20,7 @@ from ..transforms.functional import joint_space_adv
 from ..words import number
 from .autoattack import auto_attack
 from .draws import Draws
-from .report import Kind
+from .report import Entry
 from .spaces import SPACES, Space
 from .victim import Found, Victim
 
@@ -32,17 +32,11 @@ _FOOLED = 1000.0
 Attack = Callable[[Victim, Tensor, Tensor, Draws], Found]
 
 
-@dataclass(frozen=True)
-class Threat:
-    """A threat: name, budget, steps, where they come from, and the attack itself.
+@dataclass(frozen=True, repr=False)
+class Threat(Entry):
+    """A threat: a line of the table, of kind ``"lp"``, ``"manifold"`` or ``"unseen"``.
 
     Attributes:
-        name: On the command line and in reports.
-        title: In tables.
-        kind: ``"lp"``, ``"manifold"`` or ``"unseen"``: the part of the table.
-        budget: For people.
-        steps: Of the attack.
-        reference: Where attack and budget come from.
         attack: ``(victim, pixels, labels, draws) -> Found``, of images that the model gets right.
 
     Example:
@@ -50,12 +44,6 @@ class Threat:
         Threat('linf', budget='4/255', steps=20)
     """
 
-    name: str
-    title: str
-    kind: Kind
-    budget: str
-    steps: int
-    reference: str
     attack: Attack = field(compare=False)
 
     def __repr__(self) -> str:
