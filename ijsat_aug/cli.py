@@ -39,6 +39,16 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+Normalisation = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
+]
+Root = Annotated[Path | None, typer.Option(help="Where torchvision data lie.")]
+Size = Annotated[int | None, typer.Option(help="Resize and crop images to this.")]
+Weights = Annotated[
+    str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
+]
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """The user's mistakes are one sentence; ours keep their traceback."""
@@ -117,9 +127,7 @@ def show(
             "a torchvision classifier; by default a small network, trained on the images."
         ),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
-    ] = None,
+    weights: Weights = None,
     flow: Annotated[
         str | None, typer.Option(help="Name, folder, or 'owner/name' on the hub.")
     ] = None,
@@ -133,12 +141,8 @@ def show(
         float | None, typer.Option(help="Latent radius; by default the calibrated one.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of every attack.")] = 5,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
-    ] = None,
+    mean: Normalisation = None,
+    std: Normalisation = None,
     seed: Annotated[int, typer.Option(help="Which images.")] = 0,
 ) -> None:
     """Draw what the attacks do to your images, with your model and your flow."""
@@ -169,9 +173,7 @@ def evaluate(
             "a torchvision classifier."
         ),
     ],
-    weights: Annotated[
-        str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
-    ] = None,
+    weights: Weights = None,
     flow: Annotated[
         str | None,
         typer.Option(help="For threats along its manifold: name, folder, or 'owner/name'."),
@@ -191,14 +193,10 @@ def evaluate(
         typer.Option(help="Folder in the layout of CIFAR-10-C: read, or written at first."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many images; AutoAttack is slow.")] = 1000,
-    root: Annotated[Path | None, typer.Option(help="Where torchvision data lie.")] = None,
-    size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
-    ] = None,
+    root: Root = None,
+    size: Size = None,
+    mean: Normalisation = None,
+    std: Normalisation = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Halved where the memory does not suffice.")
     ] = 250,
@@ -277,8 +275,8 @@ def train_flow(
     test: Annotated[
         str | None, typer.Option(help="Test images, measured once at the end; like DATA.")
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Where torchvision data lie.")] = None,
-    size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+    root: Root = None,
+    size: Size = None,
     name: Annotated[str | None, typer.Option(help="Name for the card.")] = None,
     data_name: Annotated[str | None, typer.Option(help="What the card calls the data.")] = None,
     license: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
