@@ -51,10 +51,14 @@ from ijsat_aug.transforms.replay import replay
 
 TARGETS = {
     "RobustMixup": 1.4, "RobustMixup, bf16 attack": 1.4, "RobustMixup, replay": 1.4,
-    "JointSpaceAdv, replay": 1.35, "JointSpaceAdv, replay, bf16": 1.35, "IJSAT, linear, bf16": 1.6,
-    "IJSAT, replay, bf16": 1.6,
+    "JointSpaceAdv, replay": 1.35, "JointSpaceAdv, replay, bf16": 1.35,
+    "JointSpaceAdv, replay, bf16, fast flow": 1.35, "IJSAT, linear, bf16": 1.6,
+    "IJSAT, linear, bf16, fast flow": 1.6, "IJSAT, replay, bf16": 1.6,
+    "IJSAT, replay, bf16, fast flow": 1.6,
 }  # fmt: skip
-LARGE_TARGETS = {"IJSAT, linear, bf16": 1.5, "IJSAT, replay, bf16": 1.5}
+LARGE_TARGETS = {
+    "IJSAT, linear, bf16": 1.5, "IJSAT, linear, bf16, fast flow": 1.5, "IJSAT, replay, bf16": 1.5,
+}  # fmt: skip
 MEMORY_TARGET = 1.2
 Augment = Callable[[Tensor, Tensor], Any]
 Step = Callable[[], object]
@@ -119,7 +123,7 @@ class Setting:
 SMALL = Setting("cifar_resnet18", cifar_resnet18, 32, 128, None, TARGETS)
 LARGE_ROWS = (
     "plain", "mixup", "RobustMixup", "RobustMixup, bf16 attack", "IJSAT, linear",
-    "IJSAT, linear, bf16", "IJSAT, replay, bf16",
+    "IJSAT, linear, bf16", "IJSAT, linear, bf16, fast flow", "IJSAT, replay, bf16",
 )  # fmt: skip
 LARGE = Setting("resnet50", partial(resnet50, num_classes=10), 224, 8, LARGE_ROWS, LARGE_TARGETS)
 
@@ -131,6 +135,7 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
     split = convert_split_batchnorm(setting.make()).train().to(x.device)
     flow = load_flow("cifar10", device=x.device)
     low = load_flow("cifar10", device=x.device, compute_dtype=torch.bfloat16)
+    fast = load_flow("cifar10-fast", device=x.device, compute_dtype=torch.bfloat16)
     bf16: dict[str, Any] = {"amp_dtype": torch.bfloat16}
 
     def mixup(
@@ -149,9 +154,11 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "JointSpaceAdv": JointSpaceAdv(network, flow),
         "IJSAT, linear": mixup(JointSpaceAdv(network, flow, method="linear")),
         "IJSAT, linear, bf16": mixup(JointSpaceAdv(network, low, method="linear", **bf16)),
+        "IJSAT, linear, bf16, fast flow": mixup(
+            JointSpaceAdv(network, fast, method="linear", **bf16)
+        ),
         "IJSAT": mixup(JointSpaceAdv(network, flow)),
         "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
-        "IJSAT, 10 steps": mixup(JointSpaceAdv(network, flow, steps=10)),
     }
     runs = {name: training_step(network, x, y, a) for name, a in augmentations.items()}
     appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
@@ -160,7 +167,9 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "RobustMixup, replay": mixup(),
         "JointSpaceAdv, replay": JointSpaceAdv(None, flow),
         "JointSpaceAdv, replay, bf16": JointSpaceAdv(None, low),
+        "JointSpaceAdv, replay, bf16, fast flow": JointSpaceAdv(None, fast),
         "IJSAT, replay, bf16": mixup(JointSpaceAdv(None, low)),
+        "IJSAT, replay, bf16, fast flow": mixup(JointSpaceAdv(None, fast)),
     }
     for name, transform in replays.items():
         runs[name] = replayed_steps(network, x, y, transform)
