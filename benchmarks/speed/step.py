@@ -50,14 +50,14 @@ from ijsat_aug.transforms.batch import BatchTransform
 from ijsat_aug.transforms.replay import replay
 
 TARGETS = {
-    "RobustMixup": 1.4, "RobustMixup, bf16 attack": 1.4, "RobustMixup, replay": 1.4,
+    "RobustMixup": 1.4, "RobustMixup, bf16": 1.4, "RobustMixup, replay": 1.4,
     "JointSpaceAdv, replay": 1.35, "JointSpaceAdv, replay, bf16": 1.35,
-    "JointSpaceAdv, replay, bf16, fast flow": 1.35, "IJSAT, linear, bf16": 1.6,
-    "IJSAT, linear, bf16, fast flow": 1.6, "IJSAT, replay, bf16": 1.6,
+    "JointSpaceAdv, replay, bf16, fast flow": 1.35, "IJSAT, bf16": 1.6,
+    "IJSAT, bf16, fast flow": 1.6, "IJSAT, replay, bf16": 1.6,
     "IJSAT, replay, bf16, fast flow": 1.6,
 }  # fmt: skip
 LARGE_TARGETS = {
-    "IJSAT, linear, bf16": 1.5, "IJSAT, linear, bf16, fast flow": 1.5, "IJSAT, replay, bf16": 1.5,
+    "IJSAT, bf16": 1.5, "IJSAT, bf16, fast flow": 1.5, "IJSAT, replay, bf16": 1.5,
 }  # fmt: skip
 MEMORY_TARGET = 1.2
 Augment = Callable[[Tensor, Tensor], Any]
@@ -122,8 +122,8 @@ class Setting:
 
 SMALL = Setting("cifar_resnet18", cifar_resnet18, 32, 128, None, TARGETS)
 LARGE_ROWS = (
-    "plain", "mixup", "RobustMixup", "RobustMixup, bf16 attack", "IJSAT, linear",
-    "IJSAT, linear, bf16", "IJSAT, linear, bf16, fast flow", "IJSAT, replay, bf16",
+    "plain", "mixup", "RobustMixup", "RobustMixup, bf16", "IJSAT",
+    "IJSAT, bf16", "IJSAT, bf16, fast flow", "IJSAT, replay, bf16",
 )  # fmt: skip
 LARGE = Setting("resnet50", partial(resnet50, num_classes=10), 224, 8, LARGE_ROWS, LARGE_TARGETS)
 
@@ -148,16 +148,14 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "torchvision's MixUp": v2.MixUp(num_classes=10),
         "mixup": mixup(eps=0),
         "RobustMixup": mixup(),
-        "RobustMixup, bf16 attack": mixup(**bf16),
-        "JointSpaceAdv, linear": JointSpaceAdv(network, flow, method="linear"),
-        "JointSpaceAdv, linear, bf16": JointSpaceAdv(network, low, method="linear", **bf16),
+        "RobustMixup, bf16": mixup(**bf16),
         "JointSpaceAdv": JointSpaceAdv(network, flow),
-        "IJSAT, linear": mixup(JointSpaceAdv(network, flow, method="linear")),
-        "IJSAT, linear, bf16": mixup(JointSpaceAdv(network, low, method="linear", **bf16)),
-        "IJSAT, linear, bf16, fast flow": mixup(
-            JointSpaceAdv(network, fast, method="linear", **bf16)
-        ),
+        "JointSpaceAdv, bf16": JointSpaceAdv(network, low, **bf16),
+        "JointSpaceAdv, exact": JointSpaceAdv(network, flow, method="exact"),
         "IJSAT": mixup(JointSpaceAdv(network, flow)),
+        "IJSAT, bf16": mixup(JointSpaceAdv(network, low, **bf16)),
+        "IJSAT, bf16, fast flow": mixup(JointSpaceAdv(network, fast, **bf16)),
+        "IJSAT, exact": mixup(JointSpaceAdv(network, flow, method="exact")),
         "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
     }
     runs = {name: training_step(network, x, y, a) for name, a in augmentations.items()}

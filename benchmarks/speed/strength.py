@@ -67,7 +67,8 @@ def attacks(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Attack]:
             for word, precision in (("", {}), (", bf16", bf16)):
                 manifold = None if kind == "pixel" else (low if precision else flow)
                 options = {"eps": eps, "eta": eta, "steps": steps, **precision}
-                add(f"{kind}, {steps} steps{word}", JointSpaceAdv(network, manifold, **options))
+                exact = JointSpaceAdv(network, manifold, method="exact", **options)
+                add(f"{kind}, {steps} steps{word}", exact)
                 if kind != "pixel" and steps == 1:
                     linear = partial(JointSpaceAdv, network, method="linear", **options)
                     add(f"{kind}, linear{word}", linear(flow=manifold))

@@ -58,8 +58,10 @@ class JointSpaceAdv(BatchTransform):
         update: ``"joint"`` moves both from one backward pass, ``"alternating"`` in turn,
             ``"sequential"`` first lambda, then delta.
         latent_steps: In how many of the steps lambda moves; the flow rests in the others.
-        method: ``"exact"``, or ``"linear"``: one latent step along the gradient at z, which needs
-            no decode before it, for cheap augmentation.
+        method: ``"exact"``, through the decoder in every step; or ``"linear"``: one latent step
+            along the gradient at z, which needs no decode before it and leaves r out (below 1e-5 in
+            float32). By default linear where there is one step, as long as it does not climb the
+            KL: it is cheaper there, and no weaker.
         objective: ``"ce"``, ``"kl"`` (from the clean prediction, as TRADES), ``"margin"``, or a
             callable ``(logits, labels) -> (B,)`` that gets the labels unchanged.
         target: What the loss is measured against: ``"label"`` of the batch (its own prediction when
@@ -116,7 +118,7 @@ class JointSpaceAdv(BatchTransform):
         latent_step_size: float | None = None,
         update: Update = "joint",
         latent_steps: int | None = None,
-        method: Method = "exact",
+        method: Method | None = None,
         objective: str | Objective = "ce",
         target: Target = "label",
         targeted: bool = False,
@@ -147,6 +149,8 @@ class JointSpaceAdv(BatchTransform):
         # In a tuple, so that a flow that is a module is no submodule either.
         self._flow = (find_flow(flow),)
         self._fit: tuple[Any, Manifold | None] = (None, None)
+        if method is None:  # linear starts at the clean latent, where the KL has no gradient
+            method = "linear" if steps == 1 and objective != "kl" else "exact"
         self.threat = Threat(
             eps=eps, eta=_radius(eta, self.flow, latent_norm), norm=norm, latent_norm=latent_norm,
             steps=steps, step_size=step_size, latent_step_size=latent_step_size, update=update,

@@ -164,10 +164,22 @@ def test_the_functional_twin_is_the_same(net, digits, labels, flow) -> None:
     assert torch.equal(adv.transform(digits[:32], labels[:32], params)[0], twin)
 
 
+def test_one_step_is_linear_by_default(net, digits, labels, flow) -> None:
+    for steps, method in ((0, "exact"), (1, "linear"), (2, "exact")):
+        assert JointSpaceAdv(net, flow, steps=steps).threat.method == method
+    assert JointSpaceAdv(net, flow, objective="kl", eps=0).threat.method == "exact"
+    assert JointSpaceAdv(net, flow, method="exact").threat.method == "exact"
+    one, two = (
+        JointSpaceAdv(net, flow, method=m, eps=0, random_start=False)(digits, labels)[0]
+        for m in ("linear", "exact")
+    )
+    assert torch.allclose(one, two, atol=1e-4)  # from the image itself they are the same step
+
+
 def test_a_flow_in_bfloat16_still_starts_at_the_image(net, digits, labels, flow) -> None:
     low = flow.to(compute_dtype=torch.bfloat16)
     options = {"eps": 0, "eta": 0.1, "latent_step_size": 0, "random_start": False}
-    x, _ = JointSpaceAdv(net, low, **options)(digits, labels)
+    x, _ = JointSpaceAdv(net, low, method="exact", **options)(digits, labels)
     assert (low.decode(low.encode(digits)) - digits).abs().max() > 1e-4
     assert (x - digits).abs().max() < 1e-6
 
