@@ -24,6 +24,7 @@ from ijsat_aug.flows import ImageData, build_glow, load_flow, load_images, load_
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.publish import evaluate
 
+NAMES = ("digits", "cifar10", "cifar10-fast")
 IMAGES = 256
 ETAS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -32,7 +33,7 @@ def test_data(name: str) -> ImageData | None:
     """The test split of a flow's own data, when it is at hand."""
     if name == "digits":
         return load_images("digits", train=False)
-    if name == "cifar10" and data_folder() is not None:
+    if name.startswith("cifar10") and data_folder() is not None:
         images, labels = cifar10(train=False)
         return ImageData(images, labels, 256, "CIFAR-10")
     return None
@@ -89,14 +90,14 @@ def measure(name: str, data: ImageData) -> dict[str, Any]:
 
 def main() -> None:
     flows = {}
-    for name in ("digits", "cifar10"):
+    for name in NAMES:
         data = test_data(name)
         if data is None:
             print(f"{name}: skipped, IJSAT_DATA does not name the data")
             continue
         flows[name] = measure(name, data)
         print(name, flows[name])
-    if len(flows) == 2:
+    if len(flows) == len(NAMES):
         print(record("flows", {"seed": 0, "flows": flows}))
 
 

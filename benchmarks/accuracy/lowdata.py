@@ -65,12 +65,13 @@ def _pixel(network: nn.Module, flow: FrozenGlow) -> Augmentation:
 
 
 def _latent(
-    network: nn.Module, flow: FrozenGlow, mixed: bool = True, **options: Any
+    network: nn.Module, flow: FrozenGlow, mixed: bool = True, begin: int = 0, **options: Any
 ) -> Augmentation:
     """A linear step on the manifold away from the model's own prediction, alone or on blends."""
-    defaults = {"eps": 0, "method": "linear", "target": "prediction", **LOW}
+    defaults = {"eps": 0, "target": "prediction", **LOW}
     latent = JointSpaceAdv(network, flow, **{**defaults, **options})
-    return (RobustMixup(network, num_classes=10, attack=latent) if mixed else latent), {}
+    transform = RobustMixup(network, num_classes=10, attack=latent) if mixed else latent
+    return transform, {"epochs": (begin, None)}
 
 
 def _replay(
@@ -90,6 +91,8 @@ ROWS: dict[str, Augment] = {
     "latent step": partial(_latent, mixed=False),
     "latent step, replay": partial(_replay, mixed=False),
     "mixup + latent step": _latent,
+    "latent step, second half": partial(_latent, mixed=False, begin=10),
+    "mixup + latent step, second half": partial(_latent, begin=10),
     "mixup + latent step, half of each batch": partial(_latent, fraction=0.5),
     "mixup + latent step, replay": _replay,
     "mixup + latent step, replay, half the radius": partial(_replay, share=0.5),

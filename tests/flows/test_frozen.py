@@ -23,7 +23,9 @@ RANDOM = {
     "patches of 4": GlowConfig(shape=(3, 16, 24), levels=2, steps=2, hidden=8, patch=4),
     "classes": GlowConfig(shape=(3, 8, 8), levels=2, steps=2, hidden=8, num_classes=4),
 }
-TRAINED = ("digits", "cifar10")
+TRAINED = ("digits", "cifar10", "cifar10-fast")
+# Four couplings a level stretch more each, and what is no image lies further out: its card says so.
+FAR_OUT = {"cifar10-fast": 1e-3}
 
 
 def pair(name: str, dtype: torch.dtype) -> tuple[Any, FrozenGlow]:
@@ -68,8 +70,9 @@ def test_equals_normflows_in_float32(name: str) -> None:
     model, flow = pair(name, torch.float32)
     x = images(flow)
     z = latents(model, flow, x)
-    torch.testing.assert_close(flow.encode(x), z, rtol=1e-4, atol=5e-4)
-    torch.testing.assert_close(flow.decode(z), pixels(model, flow, z), rtol=0, atol=5e-5)
+    apart = FAR_OUT.get(name, 5e-5)
+    torch.testing.assert_close(flow.encode(x), z, rtol=1e-4, atol=10 * apart)
+    torch.testing.assert_close(flow.decode(z), pixels(model, flow, z), rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize("name", [*RANDOM, *TRAINED])
@@ -121,7 +124,8 @@ def test_round_trip_on_unnatural_images(name: str, kind: str) -> None:
         "white": torch.ones_like(noise),
         "noise": noise,
     }[kind]
-    assert (flow.decode(flow.encode(x)) - x).abs().max() <= 1e-5
+    apart = 1e-5 if kind in ("black", "white") else FAR_OUT.get(name, 1e-5)
+    assert (flow.decode(flow.encode(x)) - x).abs().max() <= apart
 
 
 def test_round_trip_on_real_digits(digits: Tensor) -> None:
@@ -129,8 +133,9 @@ def test_round_trip_on_real_digits(digits: Tensor) -> None:
     assert (flow.decode(flow.encode(digits)) - digits).abs().max() <= 1e-5
 
 
-def test_round_trip_on_real_photographs(photographs: Tensor) -> None:
-    flow = pair("cifar10", torch.float32)[1]
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-fast"])
+def test_round_trip_on_real_photographs(name: str, photographs: Tensor) -> None:
+    flow = pair(name, torch.float32)[1]
     mixed = 0.3 * photographs + 0.7 * photographs.roll(1, 0)
     for x in (photographs, mixed):
         assert (flow.decode(flow.encode(x)) - x).abs().max() <= 1e-5
