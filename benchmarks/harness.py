@@ -105,7 +105,17 @@ def environment() -> dict[str, Any]:
     """What a result depends on: command, commit, date, hardware and versions."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    changed = [
+        *git,
+        "status",
+        "--porcelain",
+        "-uno",
+        "--",
+        ":/",
+        ":!/benchmarks/results",
+        ":!/docs",
+    ]
+    dirty = subprocess.run(changed, capture_output=True, text=True)
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     return {
         "command": " ".join(["python", script.as_posix(), *sys.argv[1:]]),
