@@ -226,10 +226,10 @@ def run(row: str, size: int, seed: int, flow: FrozenGlow, work: Path) -> dict[st
     return result
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t)."""
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval (Student's t), which one value has not."""
     if len(values) < 2:
-        return round(values[0], 2), math.nan
+        return round(values[0], 2), None
     t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
     half = t[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return round(statistics.mean(values), 2), round(half, 2)
@@ -253,7 +253,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for rival in [*rivals, f"mixup, for as long as {row}"]:
             other = by_row.get((size, rival), {})
             shared = sorted(seeds.keys() & other.keys())
-            if rival != row and len(shared) > 1:
+            if rival != row and shared:
                 gains = [seeds[s]["last"] - other[s]["last"] for s in shared]
                 entry[f"over {rival}"] = interval(gains)
         table.setdefault(str(size), {})[row] = entry
