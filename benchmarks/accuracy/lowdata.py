@@ -281,6 +281,7 @@ def main() -> None:
     runs = [one for one in runs if one["seed"] in options.seeds]
     result = {
         "network": "small_resnet", "batch": BATCH, "threads": 1,
+        "seed": sorted({one["seed"] for one in runs}),
         "flow": {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]},
         "table": summary(runs), "runs": runs,
     }  # fmt: skip

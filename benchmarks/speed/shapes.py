@@ -102,7 +102,9 @@ def main() -> None:
             "gain": round(loss(network, adv(x, y)[0], y) - clean, 4),
         }  # fmt: skip
         print(name, table[name])
-    print(record("flow-shapes", {"batch": BATCH, "rounds": options.rounds, "flows": table}))
+    print(
+        record("flow-shapes", {"seed": 0, "batch": BATCH, "rounds": options.rounds, "flows": table})
+    )
 
 
 if __name__ == "__main__":
