@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..flows.manifold import Manifold
 from ..models import first_logits
 from ..transforms.checks import check_images
 from ..transforms.labels import as_target, check_logits
-from .corruptions import CORRUPTIONS, EXTRA, STANDARD, CorruptionFiles, corrupt
+from .corruptions import EXTRA, SEVERITIES, STANDARD, CorruptionFiles, corrupt
+from .corruptions.apply import check_choice
 from .credibility import black_box_wins, doubts
 from .display import Display
 from .draws import Draws
@@ -29,7 +30,6 @@ from .victim import Victim
 
 __all__ = ["evaluate"]
 
-_SEVERITIES = (1, 2, 3, 4, 5)
 _SHOWN_SEVERITY = 3
 _SHOWN = 6
 _DOUBTED = 128
@@ -109,8 +109,8 @@ def evaluate(
     with work.display:
         warnings += work.doubts()
         clean = work.clean()
-        shown = work.shown
-        results["clean"] = clean
+        work = replace(work, shown=_one_of_each(y, clean.correct))
+        results["clean"] = replace(clean, **work.drawn({}, {}))
         for threat in chosen:
             result = results[threat.name] = work.threat(threat, clean)
             parts = {k: int(v) for k, v in result.notes.items()}
@@ -119,7 +119,7 @@ def evaluate(
         source = _source(x, y, corruption_files, corrupted, seed, victim.device)
         for result in work.corruptions(corrupted, source):
             results[result.name] = result
-    truth = tuple(int(y[i]) for i in shown)
+    truth = tuple(int(y[i]) for i in work.shown)
     names = None if classes is None else tuple(classes)
     return Report(settings, results, tuple(warnings), truth, names)
 
@@ -158,7 +158,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Work:
-    """A model and the images that it is shown."""
+    """A model and the images that it is asked about, of which some are shown."""
 
     victim: Victim
     x: Tensor
@@ -167,7 +167,7 @@ class Work:
     batches: Batches
     store: Store
     display: Display
-    shown: list[int] = field(default_factory=list)
+    shown: tuple[int, ...] = ()
 
     def doubts(self) -> list[str]:
         """Warnings, from as many of the first images as fit."""
@@ -184,14 +184,13 @@ class Work:
                 few = self.batches.size = few // 2
 
     def clean(self) -> Result:
-        """The accuracy without any threat; tells which images are shown."""
+        """The accuracy without any threat."""
         nothing = Entry("clean", "clean", "clean", "", 0, "")
         kept = self._kept(nothing)
-        if kept is None:
-            every = range(len(self.x))
-            kept = self._keep(nothing, lambda begin, end: (self.x[begin:end], {}), every)
-        self.shown[:] = _one_of_each(self.y, kept.correct)
-        return replace(kept, **self._drawn({}, {}))
+        if kept is not None:
+            return kept
+        every = range(len(self.x))
+        return self._keep(nothing, lambda begin, end: (self.x[begin:end], {}), every)
 
     def threat(self, threat: Threat, clean: Result) -> Result:
         """What an attack leaves of what was right."""
@@ -212,7 +211,7 @@ class Work:
     def corruptions(self, names: Sequence[str], source: Source) -> Iterator[Result]:
         """The accuracy under each corruption at each severity."""
         for name in names:
-            for severity in _SEVERITIES:
+            for severity in SEVERITIES:
                 title, budget = name.replace("_", " "), f"severity {severity}"
                 entry = Entry(f"{name}/{severity}", title, "corruption", budget, 0, "")
                 kept = self._kept(entry)
@@ -267,13 +266,13 @@ class Work:
         self.batches.run(len(places), step)
         result = Result.of(
             entry, "".join(correct), seconds=round(time.perf_counter() - started, 2), notes=notes,
-            **(self._drawn(pictures, seen) if draw else {}),
+            **(self.drawn(pictures, seen) if draw else {}),
         )  # fmt: skip
         self.store.put(result)
         self.display.finish(result)
         return result
 
-    def _drawn(self, pictures: dict[int, Tensor], seen: dict[int, int]) -> dict[str, Any]:
+    def drawn(self, pictures: dict[int, Tensor], seen: dict[int, int]) -> dict[str, Any]:
         """The images to show and what they were taken for; clean ones where nothing was done."""
         missing = [i for i in self.shown if i not in seen]
         if missing:
@@ -338,21 +337,18 @@ def _corruptions(names: Sequence[str]) -> list[str]:
     groups = {"standard": STANDARD, "all": (*STANDARD, *EXTRA)}
     found = [member for name in names for member in groups.get(name, (name,))]
     for name in found:
-        if name not in CORRUPTIONS:
-            raise ValueError(
-                f"there is no corruption {name!r}; there are {', '.join(CORRUPTIONS)}."
-            )
+        check_choice(name)
     return list(dict.fromkeys(found))
 
 
-def _one_of_each(y: Tensor, correct: str) -> list[int]:
+def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:
     """An image of some classes, where possible one that the model gets right."""
     found: dict[int, int] = {}
     for right in ("1", "0"):
         for place, label in enumerate(y.tolist()):
             if correct[place] == right:
                 found.setdefault(label, place)
-    return [found[label] for label in sorted(found)][:_SHOWN]
+    return tuple(found[label] for label in sorted(found))[:_SHOWN]
 
 
 def _weights(flow: object) -> object:

@@ -167,7 +167,7 @@ def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]
     usual = {"linf": 8 / 255, "l2": math.sqrt(math.prod(shape) / 3072)}
     eps = usual[norm] if budget is None else budget
     shown = _show(eps) if norm == "linf" else f"{eps:.3g}"
-    title = f"{'L2' if norm == 'l2' else 'L∞'}"
+    title = "L2" if norm == "l2" else "L∞"
     if name.startswith("autoattack"):
         if steps is not None:
             raise ValueError("AutoAttack has fixed numbers of steps: leave '@...' out.")

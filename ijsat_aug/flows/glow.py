@@ -112,7 +112,7 @@ class GlowConfig:
     @property
     def squeezes(self) -> tuple[int, ...]:
         """How often each level halves the image, coarsest first."""
-        return (*(1 for _ in range(self.levels - 1)), self.patch.bit_length() - 1)
+        return (1,) * (self.levels - 1) + (self.patch.bit_length() - 1,)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""
