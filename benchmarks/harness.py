@@ -143,6 +143,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def where() -> str:
+    """``"gpu"`` or ``"cpu"``, for the names of records."""
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 def record(name: str, result: Mapping[str, Any]) -> Path:
     """Write ``benchmarks/results/<name>.json``."""
     path = RESULTS / f"{name}.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +26,56 @@ def load(name: str) -> dict[str, Any]:
     return result
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
+    """A table, and a sentence under it; a column whose title begins with > stands right."""
+    rule = "".join("|--:" if title.startswith(">") else "|---" for title in head) + "|"
+    titles, *body = (f"| {' | '.join(r)} |" for r in ([c.lstrip(">") for c in head], *rows))
+    return "\n".join([titles, rule, *body, *(["", note] if note else [])])
+
+
+def machine(result: Mapping[str, Any]) -> str:
+    """What it was measured on, and when."""
+    return f"{result['hardware']}, torch {result['torch']}, {result['date']}"
+
+
 def flows_table() -> str:
     """Size, bits/dim, exactness and data of every shipped flow."""
-    lines = [
-        "| name | images | size | bits/dim (test) | round trip | in bf16 | data |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, flow in load("flows")["flows"].items():
-        low = flow["bf16"]
-        lines.append(
-            f"| `{name}` | {flow['images']} | {flow['megabytes']} MB | "
-            f"{flow['bits_per_dim']:.2f} | {max(flow['round_trip'].values()):.0e} | "
-            f"{low['round_trip_max']:.0e}, {low['gradient_sign_agreement']:.1%} | {flow['data']} |"
+    head = ("name", "images", "size", "bits/dim (test)", "round trip", "in bf16", "data")
+    rows = [
+        (
+            f"`{name}`", flow["images"], f"{flow['megabytes']} MB", f"{flow['bits_per_dim']:.2f}",
+            f"{max(flow['round_trip'].values()):.0e}",
+            f"{flow['bf16']['round_trip_max']:.0e}, "
+            f"{flow['bf16']['gradient_sign_agreement']:.1%}",
+            flow["data"],
         )
-    lines.append("")
-    lines.append(
+        for name, flow in load("flows")["flows"].items()
+    ]  # fmt: skip
+    note = (
         "Round trip: the largest |decode(encode(x)) − x| on real, mixed, black, white and noise "
         "images. In bf16: the same on real images with bfloat16 coupling networks, and the share "
         "of signs of the latent gradient that stay."
     )
-    return "\n".join(lines)
+    return markdown(head, rows, note)
 
 
 def speed_table() -> str:
     """Time and memory ratios of the frozen decoder."""
     result = load("speed-flow-cpu")
     settings = [name for name in result["results"] if "kept" not in name]
-    rows = {
+    runs = {
         "decode + gradient, float32": ("decode+vjp, float32", "float32"),
         "decode + gradient, bf16 networks": ("decode+vjp, bf16 nets", "bf16 nets"),
         'decode + gradient, `memory="low"`': ("decode+vjp, low memory", "low memory"),
         "encode + gradient at z (no decode), float32": ("encode+vjp, float32", None),
         "encode + gradient at z, bf16 networks": ("encode+vjp, bf16 nets", None),
     }
-    titles = [f"time, {s}" for s in settings]
-    against = [f"/ ResNet-18, {s}" for s in settings]
-    lines = [
-        f"| | {' | '.join(titles)} | memory kept | {' | '.join(against)} |",
-        "|---" * (2 + 2 * len(settings)) + "|",
-    ]
-    for title, (run, kept) in rows.items():
+    head = [
+        "", *(f"time, {s}" for s in settings), "memory kept",
+        *(f"/ ResNet-18, {s}" for s in settings),
+    ]  # fmt: skip
+    rows = []
+    for title, (run, kept) in runs.items():
         found = [result["results"][s]["ratios"] for s in settings]
         times = [f"{r[f'{run} / normflows']['median']:.2f}" for r in found]
         classifier = [f"{r[f'{run} / resnet18']['median']:.2f}" for r in found]
@@ -72,77 +83,75 @@ def speed_table() -> str:
         if kept is not None:
             share = result["results"][settings[0]]["memory_ratios"]
             memory = f"{share[f'memory, {kept} / normflows']:.3f}"
-        lines.append(f"| {title} | {' | '.join([*times, memory, *classifier])} |")
+        rows.append([title, *times, memory, *classifier])
     first = "decode+vjp, float32 / normflows"
     slower = {n: r["ratios"][first]["median"] for n, r in result["results"].items() if "kept" in n}
     quoted = " and ".join(f"{v:.2f} ({n.split(',')[0]})" for n, v in slower.items())
-    lines.append("")
-    lines.append(
-        f"{result['hardware']}, torch {result['torch']}, {result['date']}. The last columns are "
+    note = (
+        f"{machine(result)}. The last columns are "
         "shares of a CIFAR ResNet-18's float32 forward + backward to the image. With an allocator "
         f"that keeps freed memory, which spares normflows most, the first row is {quoted}."
     )
-    return "\n".join(lines)
+    return markdown(head, rows, note)
 
 
 def attack_table() -> str:
     """Time of ten steps against other libraries and against the floor."""
     result = load("speed-attack-cpu")
-    settings = list(result["results"])
-    lines = [f"| | {' | '.join(settings)} |", "|---" * (1 + len(settings)) + "|"]
-    for base in ("minimal loop", "its floor"):
-        for run in next(iter(result["results"].values()))["ratios"]:
-            name, _, against = run.partition(" / ")
-            if against == base:
-                found = [result["results"][s]["ratios"][run] for s in settings]
-                cells = [spread(r) for r in found]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+    ratios = {setting: found["ratios"] for setting, found in result["results"].items()}
+    runs = next(iter(ratios.values()))
+    rows = [
+        [run.partition(" / ")[0], *(spread(found[run]) for found in ratios.values())]
+        for base in ("minimal loop", "its floor")
+        for run in runs
+        if run.partition(" / ")[2] == base
+    ]
     peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
-    lines.append("")
-    lines.append(
+    note = (
         f"Median [quartiles] of {result['rounds']} interleaved rounds. {result['hardware']}, torch "
         f"{result['torch']}, {peers}, {result['date']}."
     )
-    return "\n".join(lines)
+    return markdown(["", *ratios], rows, note)
 
 
 def step_table() -> str:
     """Time and memory of a training step."""
     result, large = load("speed-step-cpu"), load("speed-step-224-cpu")
-    lines = ["| | time | peak memory | time, 224 px | peak memory |", "|---|---|---|---|---|"]
-    for name, r in result["ratios"].items():
-        if name != "plain":
-            cells = [spread(r), f"{result['memory_ratios'][name]:.2f}"]
-            known = name in large["ratios"]
-            cells.append(spread(large["ratios"][name]) if known else "")
-            cells.append(f"{large['memory_ratios'][name]:.2f}" if known else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append(
+    head = ("", "time", "peak memory", "time, 224 px", "peak memory")
+    rows = [
+        [name, *_time_and_memory(result, name), *_time_and_memory(large, name)]
+        for name in result["ratios"]
+        if name != "plain"
+    ]
+    note = (
         f"Median [quartiles] of {result['rounds']} interleaved rounds; one attack step where no "
-        f"number is given. {result['hardware']}, torch {result['torch']}, {result['date']}."
+        f"number is given. {machine(result)}."
     )
-    return "\n".join(lines)
+    return markdown(head, rows, note)
+
+
+def _time_and_memory(result: Mapping[str, Any], name: str) -> tuple[str, str]:
+    if name not in result["ratios"]:
+        return "", ""
+    return spread(result["ratios"][name]), f"{result['memory_ratios'][name]:.2f}"
 
 
 def strength_table() -> str:
     """What stands on the Pareto front of loss against time, and what does not."""
     result = load("strength-cpu")
-    shown = {*result["front"], *_BESIDE_THE_FRONT}
-    lines = ["| | time | loss gained | on the front |", "|---|---|---|---|"]
-    for name in sorted(shown, key=lambda name: result["ratios"][name]["median"]):
-        front = "yes" if name in result["front"] else ""
-        lines.append(
-            f"| {name.replace('1 steps', '1 step')} | {result['ratios'][name]['median']:.3f} | "
-            f"{result['gains'][name]:.2f} | {front} |"
+    time = {name: ratio["median"] for name, ratio in result["ratios"].items()}
+    rows = [
+        (
+            name.replace("1 steps", "1 step"), f"{time[name]:.3f}", f"{result['gains'][name]:.2f}",
+            "yes" if name in result["front"] else "",
         )
-    lines.append("")
-    lines.append(
+        for name in sorted({*result["front"], *_BESIDE_THE_FRONT}, key=time.__getitem__)
+    ]  # fmt: skip
+    note = (
         f"Clean loss {result['clean_loss']:.2f}; times in plain training steps. Median of "
-        f"{result['rounds']} interleaved rounds. {result['hardware']}, torch {result['torch']}, "
-        f"{result['date']}."
+        f"{result['rounds']} interleaved rounds. {machine(result)}."
     )
-    return "\n".join(lines)
+    return markdown(("", "time", "loss gained", "on the front"), rows, note)
 
 
 _BESIDE_THE_FRONT = (
@@ -155,45 +164,41 @@ _BESIDE_THE_FRONT = (
 
 def shapes_table() -> str:
     """Flows of other shapes, trained for the same time."""
-    result = load("flow-shapes")
-    lines = [
-        "| flow | trained | bits/dim | time of a latent step | loss gained |",
-        "|---|---|---|---|---|",
-    ]
-    for name, flow in result["flows"].items():
-        title = f"`{name}`" if name.startswith("cifar10") else name
-        lines.append(
-            f"| {title} | {flow['minutes']:.0f} min | {flow['bits_per_dim']:.2f} | "
-            f"{flow['ratio']['median']:.2f} | {flow['gain']:.2f} |"
+    head = ("flow", "trained", "bits/dim", "time of a latent step", "loss gained")
+    rows = [
+        (
+            f"`{name}`" if name.startswith("cifar10") else name, f"{flow['minutes']:.0f} min",
+            f"{flow['bits_per_dim']:.2f}", f"{flow['ratio']['median']:.2f}", f"{flow['gain']:.2f}",
         )
-    return "\n".join(lines)
+        for name, flow in load("flow-shapes")["flows"].items()
+    ]  # fmt: skip
+    return markdown(head, rows)
 
 
 def lowdata_table() -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
     result = load("lowdata-cifar10")
-    lines = [
-        "| labels | augmentation | accuracy | over mixup | over mixup for as long | seeds | steps "
-        "| time |",
-        "|--:|---|---|---|---|--:|--:|--:|",
-    ]
-    for size, rows in sorted(result["table"].items(), key=lambda item: int(item[0])):
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["seconds"]):
-            seconds = row["seconds"] / rows["plain"]["seconds"]
-            gains = [
-                row.get(f"over {rival}") for rival in ("mixup", f"mixup, for as long as {name}")
-            ]
-            cells = ["" if gain is None else _interval(gain, "+") for gain in gains]
-            lines.append(
-                f"| {size} | {name} | {_interval(row['accuracy'])} | {' | '.join(cells)} | "
-                f"{len(row['seeds'])} | {row['steps']} | {seconds:.2f} |"
-            )
-    lines.append("")
-    lines.append(
+    head = (
+        ">labels", "augmentation", "accuracy", "over mixup", "over mixup for as long", ">seeds",
+        ">steps", ">time",
+    )  # fmt: skip
+    rows = []
+    for size, table in sorted(result["table"].items(), key=lambda item: int(item[0])):
+        for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
+            gains = [row.get(f"over {who}") for who in ("mixup", f"mixup, for as long as {name}")]
+            rows.append(
+                (
+                    size, name, _interval(row["accuracy"]),
+                    *("" if gain is None else _interval(gain, "+") for gain in gains),
+                    str(len(row["seeds"])), str(row["steps"]),
+                    f"{row['seconds'] / table['plain']['seconds']:.2f}",
+                )
+            )  # fmt: skip
+    note = (
         "Test accuracy in % of the last epoch, means with their 95 % intervals; differences are "
         f"paired by seed. {result['hardware']}, one thread, {result['date']}."
     )
-    return "\n".join(lines)
+    return markdown(head, rows, note)
 
 
 def _interval(found: tuple[float, float | None], sign: str = "") -> str:
@@ -210,7 +215,7 @@ def pyramid_sentence() -> str:
         f"At {result['size']} pixels a gradient through the pyramid costs "
         f"{share['Pyramid, gradient']} of a ResNet-50's forward and backward pass, all of a linear "
         f"step {share['Pyramid, a linear step']}; a gradient through {tiles.split(',')[0].lower()} "
-        f"{share[tiles]} ({result['hardware']}, torch {result['torch']}, {result['date']}: "
+        f"{share[tiles]} ({machine(result)}: "
         "[`benchmarks/speed/pyramid.py`](benchmarks/speed/pyramid.py))."
     )
 
@@ -223,22 +228,21 @@ def robustness_tables() -> str:
 def _robustness(name: str, title: str) -> str:
     result = load(f"robustness-{name}")
     tables = result["tables"]
-    lines = [f"| {title} | budget | {' | '.join(tables)} |", "|:--|:--|" + "--:|" * len(tables)]
+    rows = []
     for row in zip(*tables.values(), strict=True):
-        cells = [f"{r['accuracy']:.1f} ({r['change']})".replace(" ()", "") for r in row]
         if row[0]["part"].startswith("Corruptions") and "mean" not in row[0]["threat"]:
             continue
-        name = row[0]["threat"].partition(" (mCE")[0]
-        name += " corruptions" if name.startswith("mean") else ""
-        lines.append(f"| {name} | {row[0]['budget']} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append(
+        threat = row[0]["threat"].partition(" (mCE")[0]
+        threat += " corruptions" if threat.startswith("mean") else ""
+        cells = [f"{r['accuracy']:.1f} ({r['change']})".replace(" ()", "") for r in row]
+        rows.append([threat, row[0]["budget"], *cells])
+    note = (
         f"Accuracy in % on {result['images']} test images, one training each (seed "
         f"{result['seed']}); in brackets the change against plain on the same images and half of "
         f"its 95 % interval. {result['hardware']}, {result['date']}: "
         f"`{result['command']}`."
     )
-    return "\n".join(lines)
+    return markdown([title, "budget", *(f">{who}" for who in tables)], rows, note)
 
 
 _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn from"}

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.training import crop_and_flip
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
+from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
@@ -51,6 +52,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 # A transform and the loader's options, whose epochs are twentieths of the training.
 Augmentation = tuple[Any, dict[str, Any]]
 Augment = Callable[[nn.Module, FrozenGlow], Augmentation]
+
+
+data = cache(cifar10)  # decoded once for all runs
 
 
 def _none(network: nn.Module, flow: FrozenGlow) -> Augmentation:
@@ -80,8 +84,7 @@ def _replay(
     network: nn.Module, flow: FrozenGlow, mixed: bool = True, share: float = 1.0, **loading: Any
 ) -> Augmentation:
     """The same along the gradient of the training step, in every other step."""
-    eta = share * JointSpaceAdv(None, flow, eps=0).threat.eta
-    latent = JointSpaceAdv(None, flow, eps=0, eta=eta)
+    latent = JointSpaceAdv(None, flow, eps=0, eta=share * recommended_eta(flow, "linf"))
     transform = RobustMixup(network, num_classes=10, attack=latent) if mixed else latent
     return transform, {"replay": 2, **loading}
 
@@ -156,7 +159,7 @@ def train(
     row: str, size: int, seed: int, flow: FrozenGlow, *, seconds: float | None = None
 ) -> dict[str, Any]:
     """One run: so many steps, or as many as fit into so much processor time."""
-    images, labels = cifar10()
+    images, labels = data(train=True)
     chosen, rest = split(labels, size, seed)
     torch.manual_seed(seed)
     network = small_resnet().to(memory_format=torch.channels_last)
@@ -190,7 +193,7 @@ def train(
             paused += time.process_time() - since
         if done >= 1:
             break
-    tested, answers = cifar10(train=False)
+    tested, answers = data(train=False)
     last = accuracy(network, tested, answers)
     network.load_state_dict(best[1])
     return {

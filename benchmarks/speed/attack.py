@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, median_ms, ratio, record, spread, verdict
+from benchmarks.harness import interleave, median_ms, ratio, record, spread, verdict, where
 from benchmarks.networks import cifar_resnet18
 from benchmarks.speed.flow import classifier_gradient, frozen_gradient
 from ijsat_aug import FrozenGlow, JointSpaceAdv, load_flow
@@ -202,11 +202,10 @@ def main() -> None:
         print(f"{name}, batch {options.batch}, ms: {results[name]['ms']}")
         report(results[name])
     if not options.no_record:
-        where = "gpu" if torch.cuda.is_available() else "cpu"
         payload = {"network": "cifar_resnet18", "flow": "cifar10", "batch": options.batch}
         payload |= {"eps": EPS, "step_size": STEP, "steps": STEPS, "rounds": options.rounds}
         payload |= {"seed": 0, "peers": versions(), "targets": TARGETS, "results": results}
-        print(record(f"speed-attack-{where}", payload))
+        print(record(f"speed-attack-{where()}", payload))
 
 
 if __name__ == "__main__":

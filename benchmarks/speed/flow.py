@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict, where
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug.flows.fold import freeze
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -203,10 +203,9 @@ def main() -> None:
         print(f"{name}, batch {options.batch}, ms: {results[name]['ms']}")
         report(results[name])
     if not options.no_record:
-        where = "gpu" if torch.cuda.is_available() else "cpu"
         payload = {"config": CONFIG.to_dict(), "batch": options.batch, "rounds": options.rounds}
         payload |= {"seed": 0, "targets": TARGETS, "results": results}
-        print(record(f"speed-flow-{where}", payload))
+        print(record(f"speed-flow-{where()}", payload))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torchvision.models import resnet50
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict
+from benchmarks.harness import interleave, keep_memory, median_ms, ratio, record, verdict, where
 from ijsat_aug import load_flow
 from ijsat_aug.flows import Manifold, Pyramid, Tiles
 
@@ -97,11 +97,10 @@ def main() -> None:
         judged = verdict(value["median"], TARGETS.get(name))
         print(f"  {name:<26} {value['median']:6.3f} [{value['q1']}-{value['q3']}] {judged}")
     if not options.no_record:
-        where = "gpu" if torch.cuda.is_available() else "cpu"
         payload = {"size": SIZE, "flow": "cifar10", "batch": options.batch}
         payload |= {"rounds": options.rounds, "seed": 0, "targets": TARGETS, **result}
         payload["threads"] = torch.get_num_threads()
-        print(record(f"speed-pyramid-{where}", payload))
+        print(record(f"speed-pyramid-{where()}", payload))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from benchmarks.harness import (
     spread,
     start_peak,
     verdict,
+    where,
 )
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
@@ -66,24 +67,20 @@ Step = Callable[[], object]
 
 def training_step(network: nn.Module, x: Tensor, y: Tensor, augment: Augment | None) -> Step:
     """One step of an ordinary loop."""
-    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
-
-    def step() -> None:
-        images, labels = (x, y) if augment is None else augment(x, y)
-        loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return loop(network, lambda: [(x, y) if augment is None else augment(x, y)])
 
 
 def replayed_steps(network: nn.Module, x: Tensor, y: Tensor, transform: BatchTransform) -> Step:
     """Two steps of an ordinary loop on the same batch, first calm, then moved."""
+    return loop(network, lambda: replay(transform, (x, y), 2))
+
+
+def loop(network: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Step:
+    """An ordinary loop over some batches."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
 
     def steps() -> None:
-        for images, labels in replay(transform, (x, y), 2):
+        for images, labels in batches():
             loss = F.cross_entropy(network(images), labels)
             loss.backward()
             optimizer.step()
@@ -243,7 +240,7 @@ def main() -> None:
         payload["memory_target"] = MEMORY_TARGET
         payload["threads"] = torch.get_num_threads()
         size = "-224" if options.large else ""
-        print(record(f"speed-step{size}-{device.type}".replace("cuda", "gpu"), payload))
+        print(record(f"speed-step{size}-{where()}", payload))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import RESULTS, interleave, keep_memory, median_ms, ratio, record
+from benchmarks.harness import RESULTS, interleave, keep_memory, median_ms, ratio, record, where
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
+from benchmarks.speed.step import training_step
 from benchmarks.training import train_plainly
 from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug.attack.model import buffers_kept
 from ijsat_aug.flows.frozen import FrozenGlow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,25 +105,11 @@ def arithmetic(network: nn.Module, flow: FrozenGlow, low: FrozenGlow) -> dict[st
 
 def training_gradient(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """What an ordinary training step leaves on its images: in train mode, mean reduction."""
-    state = {name: value.clone() for name, value in network.state_dict().items()}
     leaf = x.clone().requires_grad_()
-    network.train()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(network(leaf), y), leaf)
-    network.eval().load_state_dict(state)
+    with buffers_kept(list(network.modules())):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network.train()(leaf), y), leaf)
+    network.eval()
     return gradient
-
-
-def plain_step(x: Tensor, y: Tensor) -> Callable[[], object]:
-    """A training step on the same kind of network, which times are told in."""
-    network = cifar_resnet18(width=WIDTH).to(x.device).train()
-    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
-
-    def step() -> None:
-        F.cross_entropy(network(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 @torch.no_grad()
@@ -197,7 +185,9 @@ def main() -> None:
     clean = loss(network, x, y)
     torch.manual_seed(0)
     gains = {name: loss(network, attack(), y) - clean for name, attack in runs.items()}
-    seconds = interleave({**runs, "plain step": plain_step(x, y)}, options.rounds, warmup=1)
+    other = cifar_resnet18(width=WIDTH).to(device).train()  # so that the attacked one stays
+    timed = {**runs, "plain step": training_step(other, x, y, None)}
+    seconds = interleave(timed, options.rounds, warmup=1)
     ratios = {name: ratio(times, seconds["plain step"]) for name, times in seconds.items()}
     points = {name: (ratios[name]["median"], gain) for name, gain in gains.items()}
     on_front = front(points)
@@ -211,7 +201,7 @@ def main() -> None:
         "ms": {name: median_ms(times) for name, times in seconds.items()}, "front": on_front,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    print(record(f"strength-{device.type}".replace("cuda", "gpu"), result))
+    print(record(f"strength-{where()}", result))
 
 
 if __name__ == "__main__":
