@@ -1,4 +1,4 @@
-"""Real CIFAR-10 from the folder that IJSAT_DATA names: lossless WebP sheets of 100 x 100 tiles.
+"""Real images from the folder that IJSAT_DATA names: CIFAR-10 (lossless sheets) and Fashion-MNIST.
 
 Run:  IJSAT_DATA=... python benchmarks/real_data.py cifar10-train.npz   (for `train-flow`)
 """
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import FashionMNIST
 
 
 def data_folder() -> Path | None:
@@ -35,6 +36,15 @@ def cifar10(train: bool = True, batches: int = 5) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(labels.astype(np.int64))[: len(images)]
 
 
+def fashion_mnist(train: bool = True) -> tuple[Tensor, Tensor]:
+    """Images ``(N, 1, 28, 28)`` uint8 and labels ``(N,)``."""
+    folder = data_folder()
+    if folder is None:
+        raise FileNotFoundError("set IJSAT_DATA to the folder that holds fashion-mnist/.")
+    found = FashionMNIST(folder / "fashion-mnist", train=train)
+    return found.data[:, None], found.targets
+
+
 def _sheet(path: Path) -> NDArray[np.uint8]:
     sheet = np.asarray(Image.open(path).convert("RGB"), dtype=np.uint8)
     tiles = sheet.reshape(100, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4)
@@ -43,6 +53,7 @@ def _sheet(path: Path) -> NDArray[np.uint8]:
 
 if __name__ == "__main__":
     for target in sys.argv[1:]:
-        pixels, classes = cifar10(train="test" not in target)
+        read = fashion_mnist if "fashion" in target else cifar10
+        pixels, classes = read(train="test" not in target)
         np.savez(target, images=pixels.numpy(), labels=classes.numpy())
         print(target, tuple(pixels.shape))

@@ -1,0 +1,125 @@
+"""The augmentations that the accuracy studies compare, by the names of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+
+from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.flows.calibration import recommended_eta
+from ijsat_aug.flows.frozen import FrozenGlow
+from ijsat_aug.training import convert_split_batchnorm
+
+CLASSES = 10
+PARTS = 20  # of a training: the "epochs" in which an attack begins and ends
+LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+
+
+@dataclass
+class Augmentation:
+    """A transform of batches, and the options of the loader around it."""
+
+    transform: Callable[[Any], Any]
+    loading: dict[str, Any]
+
+
+Make = Callable[[nn.Module, FrozenGlow], Augmentation]
+
+
+def _plain(network: nn.Module, flow: FrozenGlow) -> Augmentation:
+    return Augmentation(lambda batch: batch, {})
+
+
+def _ours(transform: Callable[[Any], Any], begin: int = 0) -> Augmentation:
+    return Augmentation(transform, {"epochs": (begin, None)})
+
+
+def _torchvision(kind: type[v2.MixUp | v2.CutMix], *_: object) -> Augmentation:
+    mix = kind(alpha=1.0, num_classes=CLASSES)
+    return Augmentation(lambda batch: mix(*batch), {})
+
+
+def _noise(network: nn.Module, flow: FrozenGlow) -> Augmentation:
+    """Random moves in the latent space; an attack of the same radius moves five times as far."""
+    eta = 5 * recommended_eta(flow, "linf")
+    return _ours(JointSpaceAdv(network, flow, eps=0, eta=eta, steps=0, **LOW))
+
+
+def _attack(
+    network: nn.Module, flow: FrozenGlow, split: bool = False, begin: int = 0, **options: Any
+) -> Augmentation:
+    """``JointSpaceAdv`` alone; split: beside the clean images, with a BatchNorm of its own."""
+    return _ours(JointSpaceAdv(network, flow, **_routed(network, split), **LOW, **options), begin)
+
+
+def _blend(
+    network: nn.Module,
+    flow: FrozenGlow,
+    split: bool = False,
+    begin: int = 0,
+    eps: float = 1 / 255,
+    **options: Any,
+) -> Augmentation:
+    """``RobustMixup`` around ``JointSpaceAdv``, in pixels alone with ``eta=0``."""
+    attack = JointSpaceAdv(network, flow, eps=eps, **LOW, **options)
+    routed = _routed(network, split)
+    return _ours(RobustMixup(network, num_classes=CLASSES, attack=attack, **routed), begin)
+
+
+def _routed(network: nn.Module, split: bool) -> dict[str, Any]:
+    if split:
+        convert_split_batchnorm(network)
+    return {"mode": "append"} if split else {}
+
+
+def _replay(
+    network: nn.Module, flow: FrozenGlow, mixed: bool = True, share: float = 1.0, **loading: Any
+) -> Augmentation:
+    """A latent step along the gradient of the training step, in every other step."""
+    latent = JointSpaceAdv(None, flow, eps=0, eta=share * recommended_eta(flow, "linf"))
+    transform = RobustMixup(network, num_classes=CLASSES, attack=latent) if mixed else latent
+    return Augmentation(transform, {"replay": 2, **loading})
+
+
+# A latent step away from the model's own prediction, which may be wrong.
+_own: dict[str, Any] = {"eps": 0, "target": "prediction"}
+_half = PARTS // 2
+
+ROWS: dict[str, Make] = {
+    "plain": _plain,
+    "mixup": partial(_torchvision, v2.MixUp),
+    "CutMix": partial(_torchvision, v2.CutMix),
+    "latent noise": _noise,
+    "OM": partial(_attack, eps=0),
+    "pixel step": partial(_attack, eta=0),
+    "JointSpaceAdv": _attack,
+    "RobustMixup": partial(_blend, eta=0),
+    "IJSAT": _blend,
+    "OM, split BatchNorm": partial(_attack, eps=0, split=True),
+    "pixel step, split BatchNorm": partial(_attack, eta=0, split=True),
+    "JointSpaceAdv, split BatchNorm": partial(_attack, split=True),
+    "RobustMixup, split BatchNorm": partial(_blend, eta=0, split=True),
+    "IJSAT, split BatchNorm": partial(_blend, split=True),
+    "latent step": partial(_attack, **_own),
+    "latent step, second half": partial(_attack, begin=_half, **_own),
+    "latent step, replay": partial(_replay, mixed=False),
+    "mixup + latent step": partial(_blend, **_own),
+    "mixup + latent step, second half": partial(_blend, begin=_half, **_own),
+    "mixup + latent step, half of each batch": partial(_blend, fraction=0.5, **_own),
+    "mixup + latent step, replay": _replay,
+    "mixup + latent step, replay, half the radius": partial(_replay, share=0.5),
+    "mixup + latent step, replay, not in the last 30 %": partial(_replay, epochs=(0, 14)),
+    "mixup + joint step": partial(_blend, target="prediction"),
+}
+# Who trains for as long as another row took, with the same seed.
+AS_LONG = {
+    f"{who}, for as long as {whom}": (who, whom)
+    for who in ("plain", "mixup", "CutMix")
+    for whom in list(ROWS)[3:]
+}

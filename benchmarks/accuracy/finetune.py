@@ -1,0 +1,160 @@
+"""What the one line is worth when a trained network is trained a little more.
+
+Run:  IJSAT_DATA=... python benchmarks/accuracy/finetune.py
+
+``cifar10``: a ResNet-18 of a quarter of the width is trained plainly on 48,000 training images of
+CIFAR-10, and then for four epochs more with each augmentation. ``transfer``: it is trained on the
+24,000 of five classes, and then, with a new last layer, on 500 images of the five others. The
+2,000 training images left out choose the best epoch and, with seed 100, the settings; the test
+split is read at the end alone. The base is one network for all seeds, which draw the order, the
+crops and the augmentations (and, in ``transfer``, the images). The rows "for as long as ..." have
+the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
+measures each on the 15 corruptions of 2,000 test images. ``--record`` writes what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.accuracy.augmentations import ROWS
+from benchmarks.accuracy.study import (
+    Labelled,
+    Run,
+    Study,
+    Task,
+    accuracy,
+    arguments,
+    both,
+    run_all,
+    train,
+)
+from benchmarks.harness import record
+from benchmarks.networks import cifar_resnet18
+from benchmarks.real_data import cifar10
+from benchmarks.training import train_plainly
+from ijsat_aug import load_flow
+from ijsat_aug.evaluation import evaluate
+from ijsat_aug.flows.frozen import FrozenGlow
+
+data = cache(cifar10)
+make = partial(cifar_resnet18, width=16)
+VALIDATION, CORRUPTED = 2000, 2000
+STEPS = {"cifar10": 4 * 375, "transfer": 500}
+BASE_EPOCHS = 30
+FIRST, FEW = 5, 100  # classes of the base in "transfer"; images of each of the others
+RIVALS = ("plain", "mixup")
+
+
+class FineTuning(Study):
+    """Some epochs more, from the weights of a network that was trained plainly."""
+
+    def __init__(self, work: Path, flow: FrozenGlow, peak: float) -> None:
+        super().__init__(work, "cifar_resnet18(width=16)", list(STEPS))
+        self.flow, self.peak = flow, peak
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """One fine-tuning and its test; the last weights are kept."""
+        part = self.parts(run)
+        torch.manual_seed(run.seed)
+        network = self.base(part)
+        before = accuracy(network, part.tested)
+        task = Task(part.learnt, part.validation, STEPS[str(run.setting)], self.peak)
+        trained = train(task, network, ROWS[run.row](network, self.flow), run.seconds)
+        facts = {"before": before, **both(trained, part.tested)}
+        save_file(main_branch(trained.network), self.file(run, ".safetensors"))
+        return facts
+
+    def parts(self, run: Run) -> Parts:
+        """The images of a run."""
+        images, labels = data(train=True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        held, used = order[:VALIDATION], order[VALIDATION:]
+        pick = partial(of, (images, labels))
+        if run.setting == "cifar10":
+            return Parts(pick(used), pick(used), pick(held), data(train=False), run.setting)
+        new = used[labels[used] >= FIRST]
+        new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(run.seed))]
+        few = torch.cat([new[labels[new] == c][:FEW] for c in range(FIRST, 10)])
+        tested = data(train=False)
+        return Parts(
+            pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
+            of(tested, tested[1] >= FIRST), "transfer",
+        )  # fmt: skip
+
+    def base(self, parts: Parts) -> nn.Sequential:
+        """The network that is trained on; with a new last layer where the classes are others."""
+        weights = self.work / f"base-{parts.name}.safetensors"
+        network = train_plainly(make, *parts.before, BASE_EPOCHS, weights=weights)
+        assert isinstance(network, nn.Sequential)
+        if parts.name == "transfer":
+            network[-1].reset_parameters()  # type: ignore[operator]
+        return network
+
+    def corruptions(self, files: Path) -> None:
+        """Add to each run of ``cifar10`` what its network makes of corrupted test images."""
+        images, labels = (part[:CORRUPTED] for part in data(train=False))
+        for path in sorted(self.work.glob("cifar10-*.json")):
+            result = json.loads(path.read_text())
+            if "corruptions" not in result:
+                network = make()
+                network.load_state_dict(load_file(path.with_suffix(".safetensors")))
+                report = evaluate(network, images, labels, threats=(), corruption_files=files)
+                result["corruptions"] = round(100 * report.summary()["corruptions"], 2)
+                path.write_text(json.dumps(result))
+                print(json.dumps(result), flush=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of a fine-tuning: what the base learnt, and what it goes on with."""
+
+    before: Labelled
+    learnt: Labelled
+    validation: Labelled
+    tested: Labelled
+    name: str
+
+
+def of(labelled: Labelled, index: Tensor) -> Labelled:
+    """Some of the images."""
+    images, labels = labelled
+    return images[index], labels[index]
+
+
+def main_branch(network: nn.Module) -> dict[str, Tensor]:
+    """Its weights, without the statistics that split BatchNorm keeps for adversarial images."""
+    state = network.state_dict()
+    return {name: v.contiguous() for name, v in state.items() if ".auxiliary." not in name}
+
+
+def main() -> None:
+    parser = arguments("runs/finetune")
+    parser.add_argument("--flow", default="cifar10-fast", help="name or folder")
+    parser.add_argument("--peak", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--corruptions", action="store_true", help="of the networks there are")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
+    study = FineTuning(options.work, flow, options.peak)
+    if options.corruptions:
+        study.corruptions(options.work / "cifar10-c")
+    elif options.record:
+        facts = {"flow": flow.info["weights"]["sha256"], "peak": options.peak}
+        print(record("finetune-cifar10", facts | study.result(options.seeds, RIVALS)))
+    else:
+        run_all(study, list(ROWS), options)
+
+
+if __name__ == "__main__":
+    main()

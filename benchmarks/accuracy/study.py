@@ -1,0 +1,287 @@
+"""What the accuracy studies share: one training, a file for every run, means and intervals.
+
+A training is an ordinary loop around :class:`AugmentedLoader`: SGD, one learning-rate cycle, crop
+and flip, bfloat16 autocast and channels-last. It takes so many steps, or as many as fit into so
+much processor time. Labelled images that it does not see choose the best epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
+from benchmarks.training import crop_and_flip
+from ijsat_aug.training import AugmentedLoader
+
+BATCH = 128
+Batches = Iterator[tuple[Tensor, Tensor]]
+Labelled = tuple[Tensor, Tensor]
+Interval = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, and for how long.
+
+    Attributes:
+        learnt: Images and labels to train on.
+        validation: Those that choose the best epoch.
+        steps: Of the optimiser.
+        peak: Learning rate at the top of the cycle.
+    """
+
+    learnt: Labelled
+    validation: Labelled
+    steps: int
+    peak: float = 0.1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left: the network with its last weights, the best ones, and the facts."""
+
+    network: nn.Module
+    best: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def train(
+    task: Task, network: nn.Module, augmentation: Augmentation, seconds: float | None = None
+) -> Trained:
+    """One training, for ``task.steps``, or for so much processor time."""
+    network = network.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        network.parameters(), task.peak, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    times = augmentation.loading.get("replay", 1)
+    part = Part(endless(*task.learnt), max(1, task.steps // (PARTS * times)))
+    parts = itertools.repeat(AugmentedLoader(part, augmentation.transform, **augmentation.loading))
+    best: tuple[float, dict[str, Tensor]] = (-1.0, {})
+    begin, paused, step, done = time.process_time(), 0.0, 0, 0.0
+    next_check = 1 / PARTS
+    for x, y in itertools.chain.from_iterable(parts):
+        optimizer.param_groups[0]["lr"] = task.peak * cycle(done)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        used = time.process_time() - begin - paused
+        done = step / task.steps if seconds is None else used / seconds
+        if done >= next_check or done >= 1:
+            since = time.process_time()
+            score = accuracy(network, task.validation)
+            if score > best[0]:
+                best = (score, copy.deepcopy(network.state_dict()))
+            next_check += 1 / PARTS
+            paused += time.process_time() - since
+        if done >= 1:
+            break
+    facts = {"steps": step, "seconds": round(used, 1), "loss": round(float(loss.detach()), 4)}
+    return Trained(network, best[1], {**facts, "validation": best[0]})
+
+
+def cycle(done: float) -> float:
+    """Share of the peak: up over the first tenth, and down to nothing along a cosine."""
+    if done < 0.1:
+        return 0.1 + 9 * done
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.1) / 0.9)))
+
+
+def endless(images: Tensor, labels: Tensor) -> Batches:
+    """Batches of crops, in a new order each epoch; what is left of an epoch opens the next."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(images))])
+        index, order = order[:BATCH], order[BATCH:]
+        yield crop_and_flip(images[index]), labels[index]
+
+
+class Part:
+    """So many of the batches, and the next ones when it is asked again."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Batches:
+        return itertools.islice(self.batches, self.count)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Labelled) -> float:
+    """Percent right."""
+    was = network.training
+    network.eval()
+    right = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(*(part.split(500) for part in data), strict=True):
+            x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
+            right += int((network(x).argmax(1) == y).sum())
+    network.train(was)
+    return 100 * right / len(data[1])
+
+
+def both(trained: Trained, tested: Labelled) -> dict[str, Any]:
+    """The facts, with the accuracy of the last and of the best epoch; the last weights stay."""
+    network = trained.network
+    last, scores = copy.deepcopy(network.state_dict()), {}
+    for name, weights in (("best", trained.best), ("last", last)):
+        network.load_state_dict(weights)
+        scores[name] = accuracy(network, tested)
+    return {**trained.facts, **scores}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of a study.
+
+    Attributes:
+        title: Its row in the tables.
+        row: What is trained with.
+        setting: Such as a number of labels.
+        seed: Of all that is random.
+        seconds: Processor time, for rows that train for as long as another.
+    """
+
+    title: str
+    row: str
+    setting: str | int
+    seed: int
+    seconds: float | None = None
+
+
+class Study:
+    """Runs of rows, settings and seeds, each kept in a file of its own.
+
+    Args:
+        work: The folder of the files.
+        network: Its name, for the record.
+        settings: What there is to run.
+        suffix: Of the titles of rows.
+    """
+
+    def __init__(
+        self, work: Path, network: str, settings: Sequence[str | int], suffix: str = ""
+    ) -> None:
+        self.work, self.network, self.settings, self.suffix = work, network, settings, suffix
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """One training and its test: what :func:`both` returns."""
+        raise NotImplementedError
+
+    def run(self, row: str, setting: str | int, seed: int) -> dict[str, Any]:
+        """A run, or what its file says."""
+        run = Run(row + self.suffix, row, setting, seed)
+        path = self.file(run)
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        if row in AS_LONG:
+            who, whom = AS_LONG[row]
+            run = replace(run, row=who, seconds=self.run(whom, setting, seed)["seconds"])
+        result = {"row": run.title, "setting": setting, "seed": seed, **self.train(run)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+        print(json.dumps(result), flush=True)
+        return result
+
+    def file(self, run: Run, ending: str = ".json") -> Path:
+        """Where something of a run lies."""
+        name = f"{run.setting}-{run.title}-{run.seed}"
+        return self.work / (name.replace(" ", "-").replace(",", "").replace("+", "and") + ending)
+
+    def result(self, seeds: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
+        """All runs that are there, and what they say."""
+        runs = [json.loads(path.read_text()) for path in sorted(self.work.glob("*.json"))]
+        runs = [one for one in runs if one["seed"] in seeds]
+        by_setting = {
+            str(setting): summary((one for one in runs if one["setting"] == setting), rivals)
+            for setting in self.settings
+        }
+        return {
+            "network": self.network, "batch": BATCH, "threads": 1,
+            "seed": sorted({one["seed"] for one in runs}),
+            "table": {setting: table for setting, table in by_setting.items() if table},
+            "runs": runs,
+        }  # fmt: skip
+
+
+def arguments(work: str) -> argparse.ArgumentParser:
+    """The options of every study."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--settings", nargs="+", help="these alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--only", nargs="+", choices=(*ROWS, *AS_LONG), help="these rows alone")
+    parser.add_argument("--work", type=Path, default=Path(work))
+    parser.add_argument("--record", action="store_true", help="write the JSON of what is there")
+    return parser
+
+
+def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> None:
+    """Every row that is asked for, in every setting, with every seed."""
+    for seed in options.seeds:
+        for setting in study.settings:
+            if options.settings is None or str(setting) in options.settings:
+                for row in options.only or rows:
+                    study.run(row, setting, seed)
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean, and half the width of its 95 % interval (Student's t), which one value has not."""
+    found = list(values)
+    if len(found) < 2:
+        return round(found[0], 2), None
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    return round(statistics.mean(found), 2), round(student.ppf(0.975, len(found) - 1) * error, 2)
+
+
+def summary(runs: Iterable[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
+    """For every row: what it reached and cost, and the difference to each rival, paired by seed."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
+    for one in runs:
+        by_row.setdefault(one["row"], {})[one["seed"]] = one
+    return {row: _entry(row, by_row, rivals) for row in by_row}
+
+
+def _entry(
+    row: str, by_row: dict[str, dict[int, dict[str, Any]]], rivals: Sequence[str]
+) -> dict[str, Any]:
+    seeds = by_row[row]
+    entry: dict[str, Any] = {
+        "seeds": sorted(seeds),
+        "accuracy": interval(one["last"] for one in seeds.values()),
+        "best_epoch": interval(one["best"] for one in seeds.values()),
+        "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
+        "seconds": round(statistics.mean(one["seconds"] for one in seeds.values()), 1),
+    }
+    as_long = [name for name, (_, whom) in AS_LONG.items() if whom == row]
+    for rival in (*rivals, *as_long):
+        others = by_row.get(rival, {}) if rival != row else {}
+        for key, prefix in (("last", ""), ("corruptions", "corruptions ")):
+            gains = [
+                seeds[s][key] - others[s][key]
+                for s in sorted(seeds.keys() & others.keys())
+                if key in seeds[s] and key in others[s]
+            ]
+            if gains:
+                entry[f"{prefix}over {rival}"] = interval(gains)
+    damaged = [one["corruptions"] for one in seeds.values() if "corruptions" in one]
+    return entry | ({"corruptions": interval(damaged)} if damaged else {})
