@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
@@ -21,12 +21,22 @@ PARTS = 20  # of a training: the "epochs" in which an attack begins and ends
 LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
 
 
+Batch = tuple[Tensor, Tensor]
+
+
 @dataclass
 class Augmentation:
-    """A transform of batches, and the options of the loader around it."""
+    """What becomes of the batches of a training.
+
+    Attributes:
+        transform: That of the :class:`~ijsat_aug.training.AugmentedLoader`.
+        loading: Its options.
+        before: What the loader gets.
+    """
 
     transform: Callable[[Any], Any]
     loading: dict[str, Any]
+    before: Callable[[Tensor, Tensor], Batch] = lambda images, labels: (images, labels)
 
 
 Make = Callable[[nn.Module, FrozenGlow], Augmentation]
@@ -41,8 +51,7 @@ def _ours(transform: Callable[[Any], Any], begin: int = 0) -> Augmentation:
 
 
 def _torchvision(kind: type[v2.MixUp | v2.CutMix], *_: object) -> Augmentation:
-    mix = kind(alpha=1.0, num_classes=CLASSES)
-    return Augmentation(lambda batch: mix(*batch), {})
+    return Augmentation(lambda batch: batch, {}, kind(alpha=1.0, num_classes=CLASSES))
 
 
 def _noise(network: nn.Module, flow: FrozenGlow) -> Augmentation:
@@ -70,6 +79,11 @@ def _blend(
     attack = JointSpaceAdv(network, flow, eps=eps, **LOW, **options)
     routed = _routed(network, split)
     return _ours(RobustMixup(network, num_classes=CLASSES, attack=attack, **routed), begin)
+
+
+def _after_cutmix(network: nn.Module, flow: FrozenGlow, **options: Any) -> Augmentation:
+    cutmix = v2.CutMix(alpha=1.0, num_classes=CLASSES)
+    return replace(_attack(network, flow, **options), before=cutmix)
 
 
 def _routed(network: nn.Module, split: bool) -> dict[str, Any]:
@@ -115,6 +129,7 @@ ROWS: dict[str, Make] = {
     "mixup + latent step, replay": _replay,
     "mixup + latent step, replay, half the radius": partial(_replay, share=0.5),
     "mixup + latent step, replay, not in the last 30 %": partial(_replay, epochs=(0, 14)),
+    "CutMix + latent step, second half": partial(_after_cutmix, begin=_half, **_own),
     "mixup + joint step": partial(_blend, target="prediction"),
 }
 # Who trains for as long as another row took, with the same seed.

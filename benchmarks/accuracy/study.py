@@ -69,7 +69,8 @@ def train(
         network.parameters(), task.peak, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     times = augmentation.loading.get("replay", 1)
-    part = Part(endless(*task.learnt), max(1, task.steps // (PARTS * times)))
+    batches = itertools.starmap(augmentation.before, endless(*task.learnt))
+    part = Part(batches, max(1, task.steps // (PARTS * times)))
     parts = itertools.repeat(AugmentedLoader(part, augmentation.transform, **augmentation.loading))
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
     begin, paused, step, done = time.process_time(), 0.0, 0, 0.0

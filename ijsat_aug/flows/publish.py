@@ -22,6 +22,7 @@ __all__ = ["evaluate", "publish", "save_pictures"]
 
 _CALIBRATION_IMAGES = 256
 _NETWORK_IMAGES = 10_000
+_COLUMNS = 16  # of pictures
 
 
 def publish(
@@ -106,15 +107,29 @@ def evaluate(
 
 
 def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
-    """Write ``samples.png``, and ``reconstructions.png`` with real images above decoded ones."""
+    """Write ``samples.png`` and ``walk.png``, and real images above decoded ones.
+
+    Each row of ``walk.png`` goes from one sample to another, through latents of the same spread;
+    the pairs of ``reconstructions.png`` are the data's own images, which the others do not show.
+    """
     from torchvision.utils import save_image
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(flow.device).manual_seed(0)
-    rows = [flow.sample(16, t, generator) for t in (0.5, 0.7, 0.85, 1.0)]
-    real = data.images[:16].to(flow.device).float() / (data.bins - 1)
+    rows = [flow.sample(_COLUMNS, t, generator) for t in (0.5, 0.7, 0.85, 1.0)]
+    real = data.images[:_COLUMNS].to(flow.device).float() / (data.bins - 1)
     pairs = torch.cat((real, flow.decode(flow.encode(real)).clamp(0, 1)))
+    pictures = {"samples": torch.cat(rows), "reconstructions": pairs}
+    pictures["walk"] = walk(flow, 4, generator)
     scale = max(1, 64 // flow.shape[1])
-    for name, images in (("samples", torch.cat(rows)), ("reconstructions", pairs)):
+    for name, images in pictures.items():
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        save_image(images.cpu(), folder / f"{name}.png", nrow=16, pad_value=1.0)
+        save_image(images.cpu(), folder / f"{name}.png", nrow=_COLUMNS, pad_value=1.0)
+
+
+def walk(flow: FrozenGlow, rows: int, generator: torch.Generator) -> Tensor:
+    """Images on the way from a sample at temperature 0.7 to another, row after row."""
+    ends = [flow.encode(flow.sample(rows, 0.7, generator)) for _ in range(2)]
+    angle = torch.linspace(0, torch.pi / 2, _COLUMNS, device=flow.device)[:, None]
+    on_the_way = ((angle.cos() * a + angle.sin() * b) for a, b in zip(*ends, strict=True))
+    return flow.decode(torch.cat(list(on_the_way))).clamp(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -74,11 +75,15 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("L")).astype(int)
 
 
-def test_pictures_show_samples_and_reconstructions(trained: Path) -> None:
+def test_pictures_show_samples_walks_and_reconstructions(trained: Path) -> None:
     for folder in (trained, trained / "training"):
-        for name in ("samples.png", "reconstructions.png"):
+        for name in ("samples.png", "walk.png", "reconstructions.png"):
             picture = read(folder / name)
             assert picture.std() > 10, f"{name} is empty"
+    row = read(trained / "walk.png")[2:66]
+    tiles = [row[:, 2 + 66 * i : 66 + 66 * i] for i in range(16)]
+    steps = [np.abs(a - b).mean() for a, b in itertools.pairwise(tiles)]
+    assert 0 < max(steps) < np.abs(tiles[0] - tiles[-1]).mean() / 3  # from one end to the other
     rows = read(trained / "reconstructions.png")
     real, decoded = rows[2:66], rows[68:132]  # 64 pixels each, 2 pixels of frame
     assert np.abs(real - decoded).max() <= 1
