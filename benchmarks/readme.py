@@ -178,27 +178,29 @@ def shapes_table() -> str:
 def lowdata_table() -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
     result = load("lowdata-cifar10")
-    head = (
-        ">labels", "augmentation", "accuracy", "over mixup", "over mixup for as long", ">seeds",
-        ">steps", ">time",
-    )  # fmt: skip
-    rows = []
-    for size, table in sorted(result["table"].items(), key=lambda item: int(item[0])):
-        for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
-            gains = [row.get(f"over {who}") for who in ("mixup", f"mixup, for as long as {name}")]
-            rows.append(
-                (
-                    size, name, _interval(row["accuracy"]),
-                    *("" if gain is None else _interval(gain, "+") for gain in gains),
-                    str(len(row["seeds"])), str(row["steps"]),
-                    f"{row['seconds'] / table['plain']['seconds']:.2f}",
-                )
-            )  # fmt: skip
+    rivals = {"mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
     note = (
         "Test accuracy in % of the last epoch, means with their 95 % intervals; differences are "
         f"paired by seed. {result['hardware']}, one thread, {result['date']}."
     )
-    return markdown(head, rows, note)
+    return markdown(*_study(result["table"], ">labels", rivals), note)
+
+
+def _study(
+    tables: Mapping[str, Any], setting: str, rivals: Mapping[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a study: accuracy, what it is over its rivals, and what it took."""
+    over = [f"over {rival}" for rival in rivals]
+    head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">time"]
+    rows = []
+    for title, table in sorted(tables.items(), key=lambda item: (len(item[0]), item[0])):
+        for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
+            gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
+            cells = ["" if gain is None else _interval(gain, "+") for gain in gains]
+            time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
+            taken = [str(len(row["seeds"])), str(row["steps"]), time]
+            rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
+    return head, rows
 
 
 def _interval(found: tuple[float, float | None], sign: str = "") -> str:
