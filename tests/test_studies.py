@@ -1,0 +1,139 @@
+"""The engine of the accuracy studies: what it counts, pairs and repeats."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
+from benchmarks.accuracy.study import (
+    BATCH,
+    Run,
+    Study,
+    Task,
+    accuracy,
+    both,
+    endless,
+    interval,
+    summary,
+    train,
+)
+from benchmarks.networks import small_resnet
+from ijsat_aug import JointSpaceAdv
+
+LONG = "mixup, for as long as OM"
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    found = load_digits()
+    images = torch.from_numpy(found.images * 15.9375).to(torch.uint8)[:, None]
+    return images.repeat_interleave(2, 2).repeat_interleave(2, 3), torch.from_numpy(found.target)
+
+
+@pytest.fixture
+def task(digits: tuple[torch.Tensor, torch.Tensor]) -> Task:
+    images, labels = digits
+    return Task((images[:512], labels[:512]), (images[512:768], labels[512:768]), steps=40)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return small_resnet(channels=1)
+
+
+def test_every_image_is_shown_once_an_epoch() -> None:
+    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    labels = torch.arange(200)
+    shown = torch.cat([y for _, y in itertools.islice(endless(images, labels), 25)])
+    assert len(shown) == 25 * BATCH == 16 * 200
+    assert all(part.sort().values.equal(labels) for part in shown.split(200))
+    assert not shown[:200].equal(shown[200:400])
+
+
+def test_an_interval_is_students() -> None:
+    assert interval([3.0]) == (3.0, None)
+    assert interval([1.0, 2.0, 3.0]) == (2.0, 2.48)  # t = 4.303, s = 1, n = 3
+
+
+def one(row: str, seed: int, last: float, **more: float) -> dict[str, Any]:
+    facts = {"best": last, "steps": 10, "seconds": 2.0}
+    return {"row": row, "seed": seed, "last": last, **facts, **more}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    runs = [one("mixup", s, v) for s, v in enumerate((50.0, 60.0, 70.0))]
+    runs += [one("OM", s, v) for s, v in ((2, 72.0), (0, 51.0), (7, 0.0))]
+    runs += [one(LONG, s, v, corruptions=40 + s) for s, v in enumerate((52.0, 62.0, 70.0))]
+    table = summary(runs, ("mixup",))
+    assert table["OM"]["over mixup"] == interval([1.0, 2.0])
+    assert table["OM"][f"over {LONG}"] == interval([-1.0, 2.0])
+    assert table["mixup"]["seeds"] == [0, 1, 2]
+    assert "over mixup" not in table["mixup"]
+    assert table[LONG]["corruptions"][0] == 41
+    assert "corruptions over mixup" not in table[LONG]
+
+
+def test_a_run_is_kept_and_a_long_one_takes_the_others_time(tmp_path: Path) -> None:
+    trained: list[Run] = []
+
+    class Counting(Study):
+        def train(self, run: Run) -> dict[str, Any]:
+            trained.append(run)
+            return {"last": 1.0, "best": 2.0, "steps": 3, "seconds": 12.5}
+
+    study = Counting(tmp_path, "none", [500])
+    first = study.run(LONG, 500, 4)
+    assert [(run.row, run.seconds) for run in trained] == [("OM", None), ("mixup", 12.5)]
+    assert study.run(LONG, 500, 4) == first == json.loads(study.file(trained[1]).read_text())
+    assert len(trained) == 2
+    result = study.result([4], ("mixup",))
+    assert result["table"]["500"][LONG]["seeds"] == [4]
+    assert not study.result([0], ())["table"]
+
+
+def test_training_learns_and_both_ends_are_tested(
+    task: Task, digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    tested = (digits[0][768:], digits[1][768:])
+    trained = train(task, network(), ROWS["plain"](network(), None))  # type: ignore[arg-type]
+    facts = both(trained, tested)
+    assert facts["steps"] == 40
+    assert facts["last"] == accuracy(trained.network, tested)
+    trained.network.load_state_dict(trained.best)
+    assert facts["validation"] == accuracy(trained.network, task.validation)
+    assert facts["last"] > 30  # chance is 10
+
+
+def test_an_attack_of_the_second_half_rests_in_the_first(task: Task) -> None:
+    net = network()
+    attack = JointSpaceAdv(net, eta=0)
+    seen: list[bool] = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                seen.append(bool(attack.last))
+            out: torch.Tensor = super().forward(x)
+            return out
+
+    attack.bind(net)
+    train(task, Watched(net), Augmentation(attack, {"epochs": (10, None)}))
+    assert seen == [False] * 20 + [True] * 20
+
+
+def test_a_training_by_the_clock_stops(task: Task) -> None:
+    trained = train(task, network(), ROWS["mixup"](network(), None), 0.2)  # type: ignore[arg-type]
+    assert 0.2 <= trained.facts["seconds"] < 2
+
+
+def test_every_row_can_be_trained_for_as_long_as_each_of_ours() -> None:
+    ours = set(ROWS) - {"plain", "mixup", "CutMix"}
+    assert {whom for _, whom in AS_LONG.values()} == ours
