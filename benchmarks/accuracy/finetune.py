@@ -9,7 +9,7 @@ CIFAR-10, and then for four epochs more with each augmentation. ``transfer``: it
 split is read at the end alone. The base is one network for all seeds, which draw the order, the
 crops and the augmentations (and, in ``transfer``, the images). The rows "for as long as ..." have
 the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
-measures each on the 15 corruptions of 2,000 test images. ``--record`` writes what is there.
+measures each on the 15 corruptions of 2,000 test images. ``--record finetune-cifar10`` writes what is there.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def main() -> None:
         study.corruptions(options.work / "cifar10-c")
     elif options.record:
         facts = {"flow": flow.info["weights"]["sha256"], "peak": options.peak}
-        print(record("finetune-cifar10", facts | study.result(options.seeds, RIVALS)))
+        print(record(options.record, facts | study.result(options.seeds, RIVALS)))
     else:
         run_all(study, list(ROWS), options)
 
