@@ -9,7 +9,8 @@ CIFAR-10, and then for four epochs more with each augmentation. ``transfer``: it
 split is read at the end alone. The base is one network for all seeds, which draw the order, the
 crops and the augmentations (and, in ``transfer``, the images). The rows "for as long as ..." have
 the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
-measures each on the 15 corruptions of 2,000 test images. ``--record finetune-cifar10`` writes what is there.
+measures each on the 15 corruptions of 2,000 test images. ``--record finetune-cifar10`` writes what
+is there.
 """
 
 from __future__ import annotations
