@@ -1,6 +1,6 @@
 """How good the shipped flows are: bits/dim, round trip, the effect of bf16, stability.
 
-Run:  IJSAT_DATA=... python benchmarks/flows.py        (a minute; CIFAR-10 needs IJSAT_DATA)
+Run:  IJSAT_DATA=... python benchmarks/flows.py        (a minute; the real images need IJSAT_DATA)
 
 Everything is measured on test images. The bf16 row is the price of `compute_dtype=bfloat16`, that
 is of bfloat16 in the coupling networks alone, against the same flow in float32.
@@ -19,12 +19,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import record
-from benchmarks.real_data import cifar10, data_folder
+from benchmarks.real_data import cifar10, data_folder, fashion_mnist
 from ijsat_aug.flows import ImageData, build_glow, load_flow, load_images, load_state, round_trip
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.publish import evaluate
 
-NAMES = ("digits", "cifar10", "cifar10-fast")
+NAMES = ("digits", "cifar10", "cifar10-fast", "fashion-mnist")
 IMAGES = 256
 ETAS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -36,6 +36,8 @@ def test_data(name: str) -> ImageData | None:
     if name.startswith("cifar10") and data_folder() is not None:
         images, labels = cifar10(train=False)
         return ImageData(images, labels, 256, "CIFAR-10")
+    if name == "fashion-mnist" and data_folder() is not None:
+        return ImageData(*fashion_mnist(train=False), 256, "Fashion-MNIST")
     return None
 
 

@@ -109,7 +109,7 @@ def test_the_recommended_radius_moves_pixels_by_eight_levels(
 
 
 def test_shipped_flows_carry_a_complete_table() -> None:
-    for name in ("digits", "cifar10", "cifar10-fast"):
+    for name in ("digits", "cifar10", "cifar10-fast", "fashion-mnist"):
         table = load_flow(name).info["calibration"]
         for norm in ("linf", "l2"):
             assert len(table[norm]) >= 8

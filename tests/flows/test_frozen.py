@@ -23,9 +23,11 @@ RANDOM = {
     "patches of 4": GlowConfig(shape=(3, 16, 24), levels=2, steps=2, hidden=8, patch=4),
     "classes": GlowConfig(shape=(3, 8, 8), levels=2, steps=2, hidden=8, num_classes=4),
 }
-TRAINED = ("digits", "cifar10", "cifar10-fast")
+TRAINED = ("digits", "cifar10", "cifar10-fast", "fashion-mnist")
 # Four couplings a level stretch more each, and what is no image lies further out: its card says so.
 FAR_OUT = {"cifar10-fast": 1e-3}
+# Near black the logit transform is steep, so that bfloat16 turns the gradient of a few samples.
+LOW = {"fashion-mnist": 0.5}
 
 
 def pair(name: str, dtype: torch.dtype) -> tuple[Any, FrozenGlow]:
@@ -177,7 +179,9 @@ def test_bf16_networks_stay_close_and_their_gradient_points_the_same_way(name: s
     g = torch.randn_like(x)
     exact, rough = (f.vjp(f.encode_with_tape(x)[1], g) for f in (flow, low))
     assert rough.dtype == torch.float32
-    assert torch.cosine_similarity(exact, rough).min() > 0.98
+    cosines = torch.cosine_similarity(exact, rough)
+    assert cosines.median() > 0.99
+    assert cosines.min() > LOW.get(name, 0.98)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])

@@ -42,7 +42,7 @@ def untouchable() -> nn.Module:
             torch.rand(4, 3, 8, 8),
             ValueError,
             r"takes images of 1 channels, the batch has 3 .*cifar10 3x32x32, "
-            r"cifar10-fast 3x32x32, digits 1x8x8.*grey",
+            r"cifar10-fast 3x32x32, digits 1x8x8, fashion-mnist 1x28x28.*grey",
         ),
     ],
 )
