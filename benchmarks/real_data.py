@@ -26,23 +26,25 @@ def data_folder() -> Path | None:
 
 def cifar10(train: bool = True, batches: int = 5) -> tuple[Tensor, Tensor]:
     """Images ``(N, 3, 32, 32)`` uint8 and labels ``(N,)``, in the official order."""
-    folder = data_folder()
-    if folder is None:
-        raise FileNotFoundError("set IJSAT_DATA to the folder that holds cifar10/.")
+    folder = _folder_of("cifar10")
     names = [f"data_batch_{i + 1}" for i in range(batches)] if train else ["test_batch"]
-    sheets = [_sheet(folder / "cifar10" / f"{name}.webp") for name in names]
+    sheets = [_sheet(folder / f"{name}.webp") for name in names]
     images = torch.from_numpy(np.concatenate(sheets)).permute(0, 3, 1, 2).contiguous()
-    labels = np.load(folder / "cifar10" / "labels.npz")["train" if train else "test"]
+    labels = np.load(folder / "labels.npz")["train" if train else "test"]
     return images, torch.from_numpy(labels.astype(np.int64))[: len(images)]
 
 
 def fashion_mnist(train: bool = True) -> tuple[Tensor, Tensor]:
     """Images ``(N, 1, 28, 28)`` uint8 and labels ``(N,)``."""
+    found = FashionMNIST(_folder_of("fashion-mnist"), train=train)
+    return found.data[:, None], found.targets
+
+
+def _folder_of(name: str) -> Path:
     folder = data_folder()
     if folder is None:
-        raise FileNotFoundError("set IJSAT_DATA to the folder that holds fashion-mnist/.")
-    found = FashionMNIST(folder / "fashion-mnist", train=train)
-    return found.data[:, None], found.targets
+        raise FileNotFoundError(f"set IJSAT_DATA to the folder that holds {name}/.")
+    return folder / name
 
 
 def _sheet(path: Path) -> NDArray[np.uint8]:

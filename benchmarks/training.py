@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,9 +57,14 @@ def train_plainly(
         print(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}")
     network = network.to(memory_format=torch.contiguous_format).eval()
     if weights is not None:
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, weights)
+        save_weights(network.state_dict(), weights)
     return network
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write the weights of a network, whatever the layout of their memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
 def crop_and_flip(images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,13 +37,16 @@ from benchmarks.accuracy.study import (
     accuracy,
     arguments,
     both,
+    keep,
+    of,
+    of_each,
     run_all,
     train,
 )
 from benchmarks.harness import record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
-from benchmarks.training import train_plainly
+from benchmarks.training import save_weights, train_plainly
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation import evaluate
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -73,7 +76,7 @@ class FineTuning(Study):
         task = Task(part.learnt, part.validation, STEPS[str(run.setting)], self.peak)
         trained = train(task, network, ROWS[run.row](network, self.flow), run.seconds)
         facts = {"before": before, **both(trained, part.tested)}
-        save_file(main_branch(trained.network), self.file(run, ".safetensors"))
+        save_weights(main_branch(trained.network), self.file(run, ".safetensors"))
         return facts
 
     def parts(self, run: Run) -> Parts:
@@ -83,10 +86,11 @@ class FineTuning(Study):
         held, used = order[:VALIDATION], order[VALIDATION:]
         pick = partial(of, (images, labels))
         if run.setting == "cifar10":
-            return Parts(pick(used), pick(used), pick(held), data(train=False), run.setting)
+            learnt = pick(used)
+            return Parts(learnt, learnt, pick(held), data(train=False), run.setting)
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(run.seed))]
-        few = torch.cat([new[labels[new] == c][:FEW] for c in range(FIRST, 10)])
+        few = of_each(new, labels, range(FIRST, 10), FEW)
         tested = data(train=False)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
@@ -112,8 +116,7 @@ class FineTuning(Study):
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
                 report = evaluate(network, images, labels, threats=(), corruption_files=files)
                 result["corruptions"] = round(100 * report.summary()["corruptions"], 2)
-                path.write_text(json.dumps(result))
-                print(json.dumps(result), flush=True)
+                keep(path, result)
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,10 @@ class Parts:
     name: str
 
 
-def of(labelled: Labelled, index: Tensor) -> Labelled:
-    """Some of the images."""
-    images, labels = labelled
-    return images[index], labels[index]
-
-
 def main_branch(network: nn.Module) -> dict[str, Tensor]:
     """Its weights, without the statistics that split BatchNorm keeps for adversarial images."""
     state = network.state_dict()
-    return {name: v.contiguous() for name, v in state.items() if ".auxiliary." not in name}
+    return {name: v for name, v in state.items() if ".auxiliary." not in name}
 
 
 def main() -> None:

@@ -28,7 +28,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.accuracy.augmentations import ROWS
-from benchmarks.accuracy.study import Labelled, Run, Study, Task, arguments, both, run_all, train
+from benchmarks.accuracy.study import (
+    Labelled,
+    Run,
+    Study,
+    Task,
+    arguments,
+    both,
+    of,
+    of_each,
+    run_all,
+    train,
+)
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10, fashion_mnist
@@ -61,12 +72,11 @@ class LowData(Study):
     def train(self, run: Run) -> dict[str, Any]:
         """One training and its test."""
         size, seed = int(run.setting), run.seed
-        images, labels = DATA[self.data](train=True)
-        chosen, rest = split(labels, size, seed)
-        learnt, validation = ((images[part], labels[part]) for part in (chosen, rest))
+        data = DATA[self.data](train=True)
+        learnt, validation = (of(data, part) for part in split(data[1], size, seed))
         flow = self._flow_of(learnt, size, seed) if self.own_flow else self.flow
         torch.manual_seed(seed)
-        network = small_resnet(channels=images.shape[1])
+        network = small_resnet(channels=learnt[0].shape[1])
         task = Task(learnt, validation, STEPS[self.data][size])
         trained = train(task, network, ROWS[run.row](network, flow), run.seconds)
         return both(trained, DATA[self.data](train=False))
@@ -85,7 +95,7 @@ class LowData(Study):
 def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """As many training images of each class, and the others that validate."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = torch.cat([order[labels[order] == c][: count // 10] for c in range(10)])
+    chosen = of_each(order, labels, range(10), count // 10)
     rest = order[~torch.isin(order, chosen)]
     return chosen, rest[:VALIDATION]
 

@@ -116,6 +116,17 @@ def endless(images: Tensor, labels: Tensor) -> Batches:
         yield crop_and_flip(images[index]), labels[index]
 
 
+def of(data: Labelled, index: Tensor) -> Labelled:
+    """Some of the images, with their labels."""
+    images, labels = data
+    return images[index], labels[index]
+
+
+def of_each(order: Tensor, labels: Tensor, classes: Iterable[int], count: int) -> Tensor:
+    """The first so many of each class, in a given order of the images."""
+    return torch.cat([order[labels[order] == c][:count] for c in classes])
+
+
 class Part:
     """So many of the batches, and the next ones when it is asked again."""
 
@@ -199,9 +210,7 @@ class Study:
             who, whom = AS_LONG[row]
             run = replace(run, row=who, seconds=self.run(whom, setting, seed)["seconds"])
         result = {"row": run.title, "setting": setting, "seed": seed, **self.train(run)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result))
-        print(json.dumps(result), flush=True)
+        keep(path, result)
         return result
 
     def file(self, run: Run, ending: str = ".json") -> Path:
@@ -223,6 +232,13 @@ class Study:
             "table": {setting: table for setting, table in by_setting.items() if table},
             "runs": runs,
         }  # fmt: skip
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write the file of a run, and show what it says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    print(json.dumps(result), flush=True)
 
 
 def arguments(work: str) -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
-from benchmarks.training import crop_and_flip
+from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report, evaluate
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -141,9 +141,8 @@ def train(row: str, epochs: int, seed: int, flow: FrozenGlow, work: Path) -> Non
         "row": row, "seed": seed, "epochs": epochs, "validation": curve,
         "seconds": round(time.process_time() - begin - paused, 1),
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     for name, state in (("best", best), ("last", network.state_dict())):
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
+        save_weights(state, folder / f"{name}.safetensors")
     (folder / "training.json").write_text(json.dumps(facts))
 
 
@@ -163,7 +162,7 @@ def withstood(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def measure(folder: Path, name: str, count: int, flow: FrozenGlow) -> Report:
-    """What is left of the best or the last network on test images; unseen threats of the last."""
+    """What is left of the best or the last network on test images."""
     network = small_resnet()
     network.load_state_dict(load_file(folder / f"{name}.safetensors"))
     images, labels = (part[:count] for part in data(train=False))

@@ -68,8 +68,9 @@ def train_flow(
         >>> config = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = train_flow(digits, config, folder + "/flow", Recipe(epochs=0.1), quiet=True)
-        ...     sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix != ".png")
-        ['README.md', 'config.json', 'model.safetensors']
+        ...     sorted(p.name for p in path.iterdir() if p.is_file())
+        ['README.md', 'config.json', 'model.safetensors',
+         'reconstructions.png', 'samples.png', 'walk.png']
     """
     out = Path(out)
     _check(data, config, test)
