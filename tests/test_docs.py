@@ -17,7 +17,7 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.parametrize("document", ["README.md"])
+@pytest.mark.parametrize("document", readme.TABLES)
 def test_every_python_block_runs(document: str) -> None:
     found = blocks((ROOT / document).read_text())
     assert found
@@ -25,9 +25,9 @@ def test_every_python_block_runs(document: str) -> None:
         exec(compile(code, document, "exec"), {})
 
 
-def test_the_readme_quotes_the_recorded_results_and_nothing_else() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert readme.render(text) == text
+@pytest.mark.parametrize("document", readme.TABLES)
+def test_documents_quote_the_recorded_results_and_nothing_else(document: str) -> None:
+    assert readme.render(document) == (ROOT / document).read_text()
 
 
 def test_every_result_says_how_it_was_made() -> None:
@@ -41,6 +41,6 @@ def test_every_result_says_how_it_was_made() -> None:
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", ROOT / "pretrained" / "README.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+    for document in (ROOT / name for name in [*readme.TABLES, "pretrained/README.md"]):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

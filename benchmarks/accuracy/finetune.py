@@ -2,10 +2,10 @@
 
 Run:  IJSAT_DATA=... python benchmarks/accuracy/finetune.py
 
-``cifar10``: a ResNet-18 of a quarter of the width is trained plainly on 48,000 training images of
-CIFAR-10, and then for four epochs more with each augmentation. ``transfer``: it is trained on the
-24,000 of five classes, and then, with a new last layer, on 500 images of the five others. The
-2,000 training images left out choose the best epoch and, with seed 100, the settings; the test
+A ResNet-18 of a quarter of the width is trained plainly on 48,000 or 10,000 training images of
+CIFAR-10, and then for four or ten epochs more with each augmentation. ``transfer``: it is trained
+on the 24,000 of five classes, and then, with a new last layer, on 500 images of the five others.
+The 2,000 training images left out choose the best epoch and, with seed 100, the settings; the test
 split is read at the end alone. The base is one network for all seeds, which draw the order, the
 crops and the augmentations (and, in ``transfer``, the images). The rows "for as long as ..." have
 the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
@@ -43,7 +43,7 @@ from benchmarks.accuracy.study import (
     run_all,
     train,
 )
-from benchmarks.harness import record
+from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
 from benchmarks.training import save_weights, train_plainly
@@ -54,8 +54,9 @@ from ijsat_aug.flows.frozen import FrozenGlow
 data = cache(cifar10)
 make = partial(cifar_resnet18, width=16)
 VALIDATION, CORRUPTED = 2000, 2000
-STEPS = {"cifar10": 4 * 375, "transfer": 500}
-BASE_EPOCHS = 30
+STEPS = {"48000": 4 * 375, "10000": 10 * 78, "transfer": 500}
+PEAKS = {"48000": 0.02, "10000": 0.02, "transfer": 0.1}  # of 0.02 and 0.1, with seed 100
+BASE_EPOCHS = {"48000": 30, "10000": 100, "transfer": 30}
 FIRST, FEW = 5, 100  # classes of the base in "transfer"; images of each of the others
 RIVALS = ("plain", "mixup")
 
@@ -63,9 +64,9 @@ RIVALS = ("plain", "mixup")
 class FineTuning(Study):
     """Some epochs more, from the weights of a network that was trained plainly."""
 
-    def __init__(self, work: Path, flow: FrozenGlow, peak: float) -> None:
+    def __init__(self, work: Path, flow: FrozenGlow) -> None:
         super().__init__(work, "cifar_resnet18(width=16)", list(STEPS))
-        self.flow, self.peak = flow, peak
+        self.flow = flow
 
     def train(self, run: Run) -> dict[str, Any]:
         """One fine-tuning and its test; the last weights are kept."""
@@ -73,7 +74,7 @@ class FineTuning(Study):
         torch.manual_seed(run.seed)
         network = self.base(part)
         before = accuracy(network, part.tested)
-        task = Task(part.learnt, part.validation, STEPS[str(run.setting)], self.peak)
+        task = Task(part.learnt, part.validation, STEPS[part.name], PEAKS[part.name])
         trained = train(task, network, ROWS[run.row](network, self.flow), run.seconds)
         facts = {"before": before, **both(trained, part.tested)}
         save_weights(main_branch(trained.network), self.file(run, ".safetensors"))
@@ -85,9 +86,9 @@ class FineTuning(Study):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         held, used = order[:VALIDATION], order[VALIDATION:]
         pick = partial(of, (images, labels))
-        if run.setting == "cifar10":
-            learnt = pick(used)
-            return Parts(learnt, learnt, pick(held), data(train=False), run.setting)
+        if run.setting != "transfer":
+            learnt = pick(used[: int(run.setting)])
+            return Parts(learnt, learnt, pick(held), data(train=False), str(run.setting))
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(run.seed))]
         few = of_each(new, labels, range(FIRST, 10), FEW)
@@ -100,18 +101,18 @@ class FineTuning(Study):
     def base(self, parts: Parts) -> nn.Sequential:
         """The network that is trained on; with a new last layer where the classes are others."""
         weights = self.work / f"base-{parts.name}.safetensors"
-        network = train_plainly(make, *parts.before, BASE_EPOCHS, weights=weights)
+        network = train_plainly(make, *parts.before, BASE_EPOCHS[parts.name], weights=weights)
         assert isinstance(network, nn.Sequential)
         if parts.name == "transfer":
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
     def corruptions(self, files: Path) -> None:
-        """Add to each run of ``cifar10`` what its network makes of corrupted test images."""
+        """Add to each run without new classes what its network makes of corrupted test images."""
         images, labels = (part[:CORRUPTED] for part in data(train=False))
-        for path in sorted(self.work.glob("cifar10-*.json")):
+        for path in sorted(self.work.glob("*.json")):
             result = json.loads(path.read_text())
-            if "corruptions" not in result:
+            if result["setting"] != "transfer" and "corruptions" not in result:
                 network = make()
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
                 report = evaluate(network, images, labels, threats=(), corruption_files=files)
@@ -139,16 +140,16 @@ def main_branch(network: nn.Module) -> dict[str, Tensor]:
 def main() -> None:
     parser = arguments("runs/finetune")
     parser.add_argument("--flow", default="cifar10-fast", help="name or folder")
-    parser.add_argument("--peak", type=float, default=0.02, help="learning rate")
     parser.add_argument("--corruptions", action="store_true", help="of the networks there are")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
-    study = FineTuning(options.work, flow, options.peak)
+    study = FineTuning(options.work, flow)
     if options.corruptions:
         study.corruptions(options.work / "cifar10-c")
     elif options.record:
-        facts = {"flow": flow.info["weights"]["sha256"], "peak": options.peak}
+        facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS}
         print(record(options.record, facts | study.result(options.seeds, RIVALS)))
     else:
         run_all(study, list(ROWS), options)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import record
+from benchmarks.harness import keep_memory, record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.training import crop_and_flip, save_weights
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="and write it")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
     if not options.evaluate:
         for row in options.only or ROWS:

@@ -23,6 +23,7 @@ from .batch import BatchTransform, pick
 from .checks import check_channels, check_manifold, find_flow
 from .climb import climb, climb_along
 from .labels import as_target
+from .presets import find_preset
 from .structure import LabelsGetter
 from .threat import Method, Threat, Update
 
@@ -167,6 +168,41 @@ class JointSpaceAdv(BatchTransform):
         self.random_start = random_start
         self.choose = choose
         self._told = False
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        model: Model | None = None,
+        flow: Manifold | str | PathLike[str] = "cifar10-fast",
+        **options: Any,
+    ) -> JointSpaceAdv:
+        """The attack as it is set for a purpose; docs/methods.md tells what that was worth.
+
+        ``"accuracy"``
+            One step along the manifold, away from the model's own prediction.
+        ``"fast"``
+            The same for half of the samples.
+        ``"corruptions"``
+            Joint moves of 2/255 and of the latents, behind the clean batch; for a model with a
+            second BatchNorm: :func:`ijsat_aug.training.convert_split_batchnorm`.
+        ``"robust"``
+            Seven joint steps at 8/255, two of which move the latents.
+
+        Args:
+            name: One of these.
+            model: The model that is trained; or later, by ``bind``.
+            flow: As above.
+            **options: As above; they take the place of what the preset says.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+            >>> JointSpaceAdv.preset("accuracy", model, "digits")
+            JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0, eta=0.0464, steps=1, method=linear,
+                target=prediction)
+        """
+        found = find_preset(name)
+        return cls(model, flow, **{**found.attack, "mode": found.mode, **options})
 
     @property
     def flow(self) -> Manifold | None:

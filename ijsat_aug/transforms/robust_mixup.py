@@ -21,11 +21,13 @@ from .checks import check_blendable, check_flow, check_manifold, check_one_weigh
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
+from .presets import find_preset
 from .structure import LabelsGetter, geometry_in
 
 __all__ = ["RobustMixup"]
 
 AnyAttack = BatchTransform | Callable[[Tensor, Tensor], Any]
+_SHARED = ("mean", "std", "model_mode", "amp_dtype", "memory_format")
 
 
 class RobustMixup(BatchTransform):
@@ -163,6 +165,41 @@ class RobustMixup(BatchTransform):
         self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)
         if self.climb is not None:
             self._adopt(self.climb)
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        model: Model | None = None,
+        flow: Manifold | str | PathLike[str] = "cifar10-fast",
+        **options: Any,
+    ) -> RobustMixup:
+        """IJSAT as it is set for a purpose; docs/methods.md tells what that was worth.
+
+        The attack on the blends is that of :meth:`JointSpaceAdv.preset`. With few labels
+        ``"accuracy"`` did best in the second half of a training:
+        ``AugmentedLoader(..., epochs=(n // 2, None))``.
+
+        Args:
+            name: ``"accuracy"``, ``"fast"``, ``"corruptions"`` or ``"robust"``.
+            model: The model that is trained; or later, by ``bind``.
+            flow: As of :class:`JointSpaceAdv`.
+            **options: Of :class:`RobustMixup`; ``mean``, ``std``, ``amp_dtype``, ``model_mode`` and
+                ``memory_format`` reach the attack too.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+            >>> mix = RobustMixup.preset("accuracy", model, "digits", num_classes=10)
+            >>> mix.attack
+            JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0, eta=0.0464, steps=1, method=linear,
+                target=prediction)
+        """
+        found = find_preset(name)
+        if "attack" in options:
+            raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
+        shared = {key: value for key, value in options.items() if key in _SHARED}
+        attack = JointSpaceAdv(model, flow, **found.attack, **shared)
+        return cls(model, attack=attack, **{"mode": found.mode, **options})
 
     @property
     def attack(self) -> AnyAttack | None:
