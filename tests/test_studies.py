@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
+from benchmarks.accuracy.finetune import FineTuning, Parts, make
 from benchmarks.accuracy.study import (
     BATCH,
     Run,
@@ -26,7 +27,8 @@ from benchmarks.accuracy.study import (
     train,
 )
 from benchmarks.networks import small_resnet
-from ijsat_aug import JointSpaceAdv
+from benchmarks.training import save_weights
+from ijsat_aug import JointSpaceAdv, load_flow
 
 LONG = "mixup, for as long as OM"
 
@@ -137,3 +139,13 @@ def test_a_training_by_the_clock_stops(task: Task) -> None:
 def test_every_row_can_be_trained_for_as_long_as_each_of_ours() -> None:
     ours = set(ROWS) - {"plain", "mixup", "CutMix"}
     assert {whom for _, whom in AS_LONG.values()} == ours
+
+
+def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
+    save_weights(make().state_dict(), tmp_path / "base-transfer.safetensors")
+    study = FineTuning(tmp_path, load_flow("digits"))
+    parts = Parts(digits, digits, digits, digits, "transfer")
+    drawn = [(study.base(parts, seed)[-1].weight, torch.rand(5)) for seed in (0, 0, 1)]
+    for first, again, other in zip(*drawn, strict=True):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)

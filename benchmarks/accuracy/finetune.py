@@ -71,8 +71,7 @@ class FineTuning(Study):
     def train(self, run: Run) -> dict[str, Any]:
         """One fine-tuning and its test; the last weights are kept."""
         part = self.parts(run)
-        torch.manual_seed(run.seed)
-        network = self.base(part)
+        network = self.base(part, run.seed)
         before = accuracy(network, part.tested)
         task = Task(part.learnt, part.validation, STEPS[part.name], PEAKS[part.name])
         trained = train(task, network, ROWS[run.row](network, self.flow), run.seconds)
@@ -98,11 +97,15 @@ class FineTuning(Study):
             of(tested, tested[1] >= FIRST), "transfer",
         )  # fmt: skip
 
-    def base(self, parts: Parts) -> nn.Sequential:
-        """The network that is trained on; with a new last layer where the classes are others."""
+    def base(self, parts: Parts, seed: int) -> nn.Sequential:
+        """The network that is trained on; with a new last layer where the classes are others.
+
+        All that is random comes after it and from the seed: its own training has another.
+        """
         weights = self.work / f"base-{parts.name}.safetensors"
         network = train_plainly(make, *parts.before, BASE_EPOCHS[parts.name], weights=weights)
         assert isinstance(network, nn.Sequential)
+        torch.manual_seed(seed)
         if parts.name == "transfer":
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
