@@ -179,11 +179,7 @@ def lowdata_table() -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
     result = load("lowdata-cifar10")
     rivals = {"mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
-    note = (
-        "Test accuracy in % of the last epoch, means with their 95 % intervals; differences are "
-        f"paired by seed. {result['hardware']}, one thread, {result['date']}."
-    )
-    return markdown(*_study(result["table"], ">labels", rivals), note)
+    return _study(result, ">labels", rivals)
 
 
 def finetune_table() -> str:
@@ -194,29 +190,28 @@ def finetune_table() -> str:
         "mixup for as long": "mixup, for as long as {}",
     }  # fmt: skip
     before = next(one["before"] for one in result["runs"] if one["setting"] == "10000")
-    note = (
-        f'Test accuracy in % of the last epoch ("10000": {before:.1f} before), means with their '
-        "95 % intervals; differences are paired by seed. "
-        f"{result['hardware']}, one thread, {result['date']}."
-    )
-    return markdown(*_study(result["table"], "task", rivals), note)
+    return _study(result, "task", rivals, f' ("10000": {before:.1f} before)')
 
 
 def _study(
-    tables: Mapping[str, Any], setting: str, rivals: Mapping[str, str]
-) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a study: accuracy, what it is over its rivals, and what it took."""
+    result: Mapping[str, Any], setting: str, rivals: Mapping[str, str], told: str = ""
+) -> str:
+    """The table of a study: accuracy, what it is over its rivals, and what it took."""
     over = [f"over {rival}" for rival in rivals]
     head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">time"]
     rows = []
-    for title, table in sorted(tables.items(), key=lambda item: (len(item[0]), item[0])):
+    for title, table in result["table"].items():
         for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
             cells = ["" if gain is None else _interval(gain, "+") for gain in gains]
             time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
             taken = [str(len(row["seeds"])), str(row["steps"]), time]
             rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
-    return head, rows
+    note = (
+        f"Test accuracy in % of the last epoch{told}, means with their 95 % intervals; differences "
+        f"are paired by seed. {result['hardware']}, one thread, {result['date']}."
+    )
+    return markdown(head, rows, note)
 
 
 def _interval(found: tuple[float, float | None], sign: str = "") -> str:

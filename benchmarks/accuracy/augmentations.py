@@ -105,6 +105,7 @@ def _replay(
 _own: dict[str, Any] = {"eps": 0, "target": "prediction"}
 _half = PARTS // 2
 
+NOT_OURS = ("plain", "mixup", "CutMix")
 ROWS: dict[str, Make] = {
     "plain": _plain,
     "mixup": partial(_torchvision, v2.MixUp),
@@ -135,6 +136,7 @@ ROWS: dict[str, Make] = {
 # Who trains for as long as another row took, with the same seed.
 AS_LONG = {
     f"{who}, for as long as {whom}": (who, whom)
-    for who in ("plain", "mixup", "CutMix")
-    for whom in list(ROWS)[3:]
+    for who in NOT_OURS
+    for whom in ROWS
+    if whom not in NOT_OURS
 }

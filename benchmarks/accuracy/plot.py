@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.accuracy.augmentations import NOT_OURS
 from benchmarks.harness import RESULTS
 
 DOCS = RESULTS.parents[1] / "docs"
 OURS, THEIRS = "tab:blue", "tab:gray"
-NOT_OURS = ("plain", "mixup", "CutMix")
 
 
 def panel(axis: Axes, title: str, table: Mapping[str, Any]) -> None:
@@ -44,7 +44,6 @@ def panel(axis: Axes, title: str, table: Mapping[str, Any]) -> None:
 def draw(name: str) -> Path:
     """The picture of a study."""
     tables = json.loads((RESULTS / f"{name}.json").read_text())["table"]
-    tables = dict(sorted(tables.items(), key=lambda item: (len(item[0]), item[0])))
     heights = [len(table) + 1.5 for table in tables.values()]
     figure = Figure((8, 0.38 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(tables), height_ratios=heights, squeeze=False)[:, 0]

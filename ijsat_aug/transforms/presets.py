@@ -15,8 +15,7 @@ class Preset(NamedTuple):
     mode: Literal["replace", "append"] = "replace"
 
 
-# Along the manifold and away from the model's own prediction: the label's gradient, and pixels
-# beside it, cost small networks accuracy.
+# Along the manifold and away from the model's own prediction.
 _ALONG: Mapping[str, Any] = {"eps": 0, "target": "prediction"}
 
 PRESETS: Mapping[str, Preset] = {

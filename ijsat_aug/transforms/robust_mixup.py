@@ -194,12 +194,12 @@ class RobustMixup(BatchTransform):
             JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0, eta=0.0464, steps=1, method=linear,
                 target=prediction)
         """
-        found = find_preset(name)
+        mode = find_preset(name).mode
         if "attack" in options:
             raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
         shared = {key: value for key, value in options.items() if key in _SHARED}
-        attack = JointSpaceAdv(model, flow, **found.attack, **shared)
-        return cls(model, attack=attack, **{"mode": found.mode, **options})
+        attack = JointSpaceAdv.preset(name, model, flow, mode="replace", **shared)
+        return cls(model, attack=attack, **{"mode": mode, **options})
 
     @property
     def attack(self) -> AnyAttack | None:

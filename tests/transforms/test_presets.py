@@ -21,8 +21,8 @@ METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 def test_each_raises_the_loss_of_its_blends(name, net, digits, labels) -> None:
     hard = RobustMixup.preset(name, net, "digits", num_classes=10, generator=0)
     x, t = hard(digits, labels)
-    params = RobustMixup.preset(name, net, "digits", num_classes=10, generator=0)
-    calm, same = params.calm(digits, labels)
+    twin = RobustMixup.preset(name, net, "digits", num_classes=10, generator=0)
+    calm, same = twin.calm(digits, labels)
     blends, target = x[-len(calm) :], t[-len(calm) :]
     assert torch.equal(target, same[-len(calm) :])
     with torch.no_grad():
