@@ -193,6 +193,22 @@ def finetune_table() -> str:
     return _study(result, "task", rivals, f' ("10000": {before:.1f} before)')
 
 
+def corruptions_table() -> str:
+    """Accuracy on corrupted images after a little more training."""
+    result = load("finetune-cifar10")
+    head = ["task", "augmentation", "clean", "over plain", "corrupted", "over plain", ">seeds"]
+    rows = []
+    for title, table in result["table"].items():
+        for name, row in table.items():
+            if "corruptions" in row:
+                over = [row.get(f"{what}over plain") for what in ("", "corruptions ")]
+                clean, corrupted = ("" if gain is None else _interval(gain, "+") for gain in over)
+                means = [_interval(row[what]) for what in ("accuracy", "corruptions")]
+                seeds = str(len(row["seeds"]))
+                rows.append([title, name, means[0], clean, means[1], corrupted, seeds])
+    return markdown(head, rows, _NOTE.format(told="", **result))
+
+
 def _study(
     result: Mapping[str, Any], setting: str, rivals: Mapping[str, str], told: str = ""
 ) -> str:
@@ -207,11 +223,13 @@ def _study(
             time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
             taken = [str(len(row["seeds"])), str(row["steps"]), time]
             rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
-    note = (
-        f"Test accuracy in % of the last epoch{told}, means with their 95 % intervals; differences "
-        f"are paired by seed. {result['hardware']}, one thread, {result['date']}."
-    )
-    return markdown(head, rows, note)
+    return markdown(head, rows, _NOTE.format(told=told, **result))
+
+
+_NOTE = (
+    "Test accuracy in % of the last epoch{told}, means with their 95 % intervals; differences are "
+    "paired by seed. {hardware}, one thread, {date}."
+)
 
 
 def _interval(found: tuple[float, float | None], sign: str = "") -> str:
@@ -273,6 +291,7 @@ TABLES = {
         "strength": strength_table,
     },
     "docs/methods.md": {
+        "corruptions": corruptions_table,
         "finetune": finetune_table,
     },
 }

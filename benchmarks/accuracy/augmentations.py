@@ -124,6 +124,9 @@ ROWS: dict[str, Make] = {
     "latent step": partial(_attack, **_own),
     "latent step, second half": partial(_attack, begin=_half, **_own),
     "latent step, replay": partial(_replay, mixed=False),
+    "joint step, half of each batch": partial(
+        _attack, eps=1 / 255, target="prediction", fraction=0.5
+    ),
     "mixup + latent step": partial(_blend, **_own),
     "mixup + latent step, second half": partial(_blend, begin=_half, **_own),
     "mixup + latent step, half of each batch": partial(_blend, fraction=0.5, **_own),

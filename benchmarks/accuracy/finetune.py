@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -110,12 +111,13 @@ class FineTuning(Study):
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
-    def corruptions(self, files: Path) -> None:
-        """Add to each run without new classes what its network makes of corrupted test images."""
+    def corruptions(self, files: Path, rows: Sequence[str]) -> None:
+        """Add to the runs of all classes what their networks make of corrupted test images."""
         images, labels = (part[:CORRUPTED] for part in data(train=False))
         for path in sorted(self.work.glob("*.json")):
             result = json.loads(path.read_text())
-            if result["setting"] != "transfer" and "corruptions" not in result:
+            wanted = result["row"] in rows and result["setting"] != "transfer"
+            if wanted and "corruptions" not in result:
                 network = make()
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
                 report = evaluate(network, images, labels, threats=(), corruption_files=files)
@@ -150,7 +152,7 @@ def main() -> None:
     flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
     study = FineTuning(options.work, flow)
     if options.corruptions:
-        study.corruptions(options.work / "cifar10-c")
+        study.corruptions(options.work / "cifar10-c", options.only or list(ROWS))
     elif options.record:
         facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS}
         print(record(options.record, facts | study.result(options.seeds, RIVALS)))

@@ -1,15 +1,17 @@
-"""What IJSAT adds to adversarial training: PGD-AT, TRADES and TRADES+AWP, each with and without.
+"""What the joint space adds to adversarial training: to PGD-AT, to TRADES and to TRADES+AWP.
 
-Run:  IJSAT_DATA=... python benchmarks/robustness/train.py              (four hours on two cores)
+Run:  IJSAT_DATA=... python benchmarks/robustness/train.py              (five hours on two cores)
       IJSAT_DATA=... python benchmarks/robustness/train.py --evaluate
 
 A ResNet-10 of 0.3 M parameters learns from 10,000 images of CIFAR-10, with crop and flip, under
 seven steps of 2.5 eps / 7 at L-inf 4/255; the learning rate falls to a tenth after half and after
-three quarters of the epochs. "+ IJSAT" mixes first and attacks the blends in the joint space, whose
-latents move in two of the steps; TRADES compares the blend with the attacked one. 1,000 other
-training images under PGD-10 choose the best epoch. ``--evaluate`` measures the best and the last
-network of every row on test images: clean, PGD-50, AutoAttack, the joint space and the unseen
-threats; ``--record`` writes it too. Each training and each finished threat is a file of its own.
+three quarters of the epochs. "+ JSA" attacks in the joint space: the latents move in two of the
+steps, half as far as by default, which the validation images chose. "+ IJSAT" mixes first and
+attacks the blends with all of the radius; TRADES compares the blend with the attacked one. 1,000
+other training images under PGD-10 choose the best epoch. ``--evaluate`` measures the best and the
+last network of every row on test images: clean, PGD-50, AutoAttack, the joint space, and the unseen
+threats at half of their usual budgets, as 4/255 is half of 8/255; ``--record`` writes it too. Each
+training and each finished threat is a file of its own.
 """
 
 from __future__ import annotations
@@ -39,14 +41,20 @@ from benchmarks.real_data import cifar10
 from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report, evaluate
+from ijsat_aug.evaluation.spaces.table import SPACES
+from ijsat_aug.evaluation.threats import UNSEEN
+from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AdversarialWeightPerturbation, TRADESLoss
 
 EPS, STEPS = 4 / 255, 7
 LEARNT, VALIDATION, BATCH = 10_000, 1000, 128
-THREATS = ("linf=4/255@50", "autoattack=4/255", "jsa=4/255", "unseen")
+HALF = tuple(f"{name}={SPACES[name].budget / 2:g}" for name in UNSEEN)
+THREATS = ("linf=4/255@50", "autoattack=4/255", "jsa=4/255", *HALF)
 ROWS = [
-    base + ending for base in ("PGD-AT", "TRADES", "TRADES + AWP") for ending in ("", " + IJSAT")
+    base + ending
+    for base in ("PGD-AT", "TRADES", "TRADES + AWP")
+    for ending in ("", " + JSA", " + IJSAT")
 ]
 data = cache(cifar10)
 
@@ -70,13 +78,15 @@ class Method:
     @classmethod
     def of(cls, row: str, network: nn.Module, flow: FrozenGlow) -> Method:
         """What the name of a row says."""
-        trades, ijsat = "TRADES" in row, "IJSAT" in row
-        budgets: dict[str, Any] = {"latent_steps": 2} if ijsat else {"eta": 0}
+        trades, mixed = "TRADES" in row, "IJSAT" in row
+        radius = recommended_eta(flow, "linf") / (1 if mixed else 2)
+        joint = mixed or "JSA" in row
+        budgets: dict[str, Any] = {"eta": radius, "latent_steps": 2} if joint else {"eta": 0}
         attack = JointSpaceAdv(
             network, flow, eps=EPS, steps=STEPS, objective="kl" if trades else "ce",
             amp_dtype=torch.bfloat16, memory_format=torch.channels_last, **budgets,
         )  # fmt: skip
-        mix = RobustMixup(num_classes=10, eps=0) if ijsat else lambda x, y: (x, y)
+        mix = RobustMixup(num_classes=10, eps=0) if mixed else lambda x, y: (x, y)
         return cls(mix, attack, trades, 0.005 if "AWP" in row else 0.0)
 
     def step(self, network: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -175,7 +185,7 @@ def measure(folder: Path, name: str, count: int, flow: FrozenGlow) -> Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=500, help="of the test split")
     parser.add_argument("--work", type=Path, default=Path("runs/robust"))

@@ -184,8 +184,8 @@ class JointSpaceAdv(BatchTransform):
         ``"fast"``
             The same for half of the samples.
         ``"corruptions"``
-            Joint moves of 2/255 and of the latents, behind the clean batch; for a model with a
-            second BatchNorm: :func:`ijsat_aug.training.convert_split_batchnorm`.
+            One joint step, of 1/255 and of the latents, away from the model's own prediction, for
+            half of the samples.
         ``"robust"``
             Seven joint steps at 8/255, two of which move the latents.
 
@@ -201,8 +201,7 @@ class JointSpaceAdv(BatchTransform):
             JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0, eta=0.0464, steps=1, method=linear,
                 target=prediction)
         """
-        found = find_preset(name)
-        return cls(model, flow, **{**found.attack, "mode": found.mode, **options})
+        return cls(model, flow, **{**find_preset(name), **options})
 
     @property
     def flow(self) -> Manifold | None:

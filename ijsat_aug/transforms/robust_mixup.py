@@ -21,7 +21,6 @@ from .checks import check_blendable, check_flow, check_manifold, check_one_weigh
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
-from .presets import find_preset
 from .structure import LabelsGetter, geometry_in
 
 __all__ = ["RobustMixup"]
@@ -194,12 +193,11 @@ class RobustMixup(BatchTransform):
             JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0, eta=0.0464, steps=1, method=linear,
                 target=prediction)
         """
-        mode = find_preset(name).mode
         if "attack" in options:
             raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
         shared = {key: value for key, value in options.items() if key in _SHARED}
-        attack = JointSpaceAdv.preset(name, model, flow, mode="replace", **shared)
-        return cls(model, attack=attack, **{"mode": mode, **options})
+        attack = JointSpaceAdv.preset(name, model, flow, **shared)
+        return cls(model, attack=attack, **options)
 
     @property
     def attack(self) -> AnyAttack | None:

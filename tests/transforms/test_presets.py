@@ -20,13 +20,12 @@ METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_raises_the_loss_of_its_blends(name, net, digits, labels) -> None:
     hard = RobustMixup.preset(name, net, "digits", num_classes=10, generator=0)
-    x, t = hard(digits, labels)
+    blends, target = hard(digits, labels)
     twin = RobustMixup.preset(name, net, "digits", num_classes=10, generator=0)
     calm, same = twin.calm(digits, labels)
-    blends, target = x[-len(calm) :], t[-len(calm) :]
-    assert torch.equal(target, same[-len(calm) :])
+    assert torch.equal(target, same)
     with torch.no_grad():
-        before, after = (F.cross_entropy(net(b), target) for b in (calm[-len(blends) :], blends))
+        before, after = (F.cross_entropy(net(b), target) for b in (calm, blends))
     assert after > before
 
 
@@ -50,12 +49,21 @@ def test_robust_stays_in_its_budget(net, digits, labels) -> None:
     assert mix.last["pixel_norm"].max() <= 8 / 255 + 1e-6
 
 
-def test_corruptions_gives_blends_a_batchnorm_of_their_own(digits, labels) -> None:
+def test_corruptions_moves_half_of_the_images_off_the_manifold_too(net, digits, labels) -> None:
+    attack = JointSpaceAdv.preset("corruptions", net, "digits", generator=0)
+    attack(digits, labels)
+    moved = attack.last["pixel_norm"] > 0
+    assert int(moved.sum()) == len(digits) // 2
+    assert torch.equal(moved, attack.last["latent_norm"] > 0)
+    assert attack.last["pixel_norm"].max() <= 1 / 255 + 1e-6
+
+
+def test_a_preset_beside_the_clean_batch_has_a_batchnorm_of_its_own(digits, labels) -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
     )
     convert_split_batchnorm(network)
-    mix = RobustMixup.preset("corruptions", network, "digits", num_classes=10)
+    mix = RobustMixup.preset("corruptions", network, "digits", num_classes=10, mode="append")
     x, t = mix(digits, labels)
     assert torch.equal(x[: len(digits)], digits)
     assert len(t) == 2 * len(digits)
@@ -80,11 +88,8 @@ def test_the_attack_alone_is_that_on_the_blends(name, net, digits, labels) -> No
     assert vars(attack.threat) == vars(blends.threat)
     assert (attack.target, attack.fraction) == (blends.target, blends.fraction)
     x, _ = attack(digits, labels)
-    assert len(x) == len(digits) * (2 if name == "corruptions" else 1)
     with torch.no_grad():
-        assert F.cross_entropy(net(x[-len(digits) :]), labels) > F.cross_entropy(
-            net(digits), labels
-        )
+        assert F.cross_entropy(net(x), labels) > F.cross_entropy(net(digits), labels)
 
 
 def test_options_take_the_place_of_the_presets(net) -> None:
