@@ -253,12 +253,29 @@ def pyramid_sentence() -> str:
 
 def robustness_tables() -> str:
     """Accuracy under every threat, of networks with and without the augmentation."""
-    return "\n\n".join(_robustness(name, title) for name, title in _EVALUATED.items())
+    found = []
+    for name, title in _EVALUATED.items():
+        result = load(f"robustness-{name}")
+        found.append(markdown(*_threats(title, result["tables"]), _threats_note(result, "plain")))
+    return "\n\n".join(found)
 
 
-def _robustness(name: str, title: str) -> str:
-    result = load(f"robustness-{name}")
-    tables = result["tables"]
+def training_tables() -> str:
+    """Accuracy under every threat, of adversarial trainings with and without the joint space."""
+    result = load("robustness-training")
+    found = []
+    for base, tables in result["tables"].items():
+        head, rows = _threats(base, tables)
+        for name in ("best", "last"):
+            epochs = [f"{result['autoattack'][row][name]:.1f}" for row in tables]
+            rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])
+        taken = [result["trainings"][row]["seconds"] for row in tables]
+        rows.append(["time of the training", "", *(f"{one / taken[0]:.2f}" for one in taken)])
+        found.append(markdown(head, rows))
+    return "\n\n".join(found) + "\n\n" + _threats_note(result, "the training of the first column")
+
+
+def _threats(title: str, tables: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in zip(*tables.values(), strict=True):
         if row[0]["part"].startswith("Corruptions") and "mean" not in row[0]["threat"]:
@@ -267,13 +284,16 @@ def _robustness(name: str, title: str) -> str:
         threat += " corruptions" if threat.startswith("mean") else ""
         cells = [f"{r['accuracy']:.1f} ({r['change']})".replace(" ()", "") for r in row]
         rows.append([threat, row[0]["budget"], *cells])
-    note = (
+    return [title, "budget", *(f">{who}" for who in tables)], rows
+
+
+def _threats_note(result: Mapping[str, Any], against: str) -> str:
+    return (
         f"Accuracy in % on {result['images']} test images, one training each (seed "
-        f"{result['seed']}); in brackets the change against plain on the same images and half of "
-        f"its 95 % interval. {result['hardware']}, {result['date']}: "
+        f"{result['seed']}); in brackets the change against {against} on the same images and half "
+        f"of its 95 % interval. {result['hardware']}, {result['date']}: "
         f"`{result['command']}`."
     )
-    return markdown([title, "budget", *(f">{who}" for who in tables)], rows, note)
 
 
 _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn from"}
@@ -293,6 +313,7 @@ TABLES = {
     "docs/methods.md": {
         "corruptions": corruptions_table,
         "finetune": finetune_table,
+        "training": training_tables,
     },
 }
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
-from benchmarks.accuracy.finetune import FineTuning, Parts, make
+from benchmarks.accuracy.finetune import TUNING, FineTuning, Parts, make
 from benchmarks.accuracy.study import (
     BATCH,
     Run,
@@ -27,8 +27,12 @@ from benchmarks.accuracy.study import (
     train,
 )
 from benchmarks.networks import small_resnet
+from benchmarks.robustness.train import ROWS as TRAININGS
+from benchmarks.robustness.train import Method, told
 from benchmarks.training import save_weights
 from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug.evaluation import Report
+from ijsat_aug.evaluation.report import Result
 
 LONG = "mixup, for as long as OM"
 
@@ -149,3 +153,54 @@ def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
     for first, again, other in zip(*drawn, strict=True):
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
+
+
+def test_every_row_names_a_file() -> None:
+    study = Study(Path(), "", [])
+    files = {study.file(Run(row, row, "10000", 0)) for row in (*ROWS, *AS_LONG)}
+    assert len(files) == len(ROWS) + len(AS_LONG)
+    assert all(file.parent == Path() for file in files)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("setting", ["10000", "transfer"])
+def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Path) -> None:
+    study = FineTuning(tmp_path, load_flow("digits"))
+    chosen, final = (study.parts(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
+    assert torch.equal(chosen.tested[0], chosen.validation[0])
+    assert len(final.tested[1]) == (10_000 if setting == "10000" else 5_000)
+    shown = {bytes(image.numpy()) for image in final.learnt[0]}
+    assert not shown & {bytes(image.numpy()) for image in final.validation[0]}
+    assert not shown & {bytes(image.numpy()) for image in final.tested[0]}
+
+
+@pytest.mark.parametrize("row", TRAININGS)
+def test_an_adversarial_training_takes_a_step(row: str) -> None:
+    data = load_digits()
+    x = torch.from_numpy(data.images[:32] / 16).float()[:, None]
+    net, flow = network(), load_flow("digits")
+    before = [p.detach().clone() for p in net.parameters()]
+    method = Method.of(row, net, flow)
+    method.step(net, x, torch.from_numpy(data.target[:32]))
+    assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+    assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
+    assert method.attack.threat.moves_latent == row.endswith(("JSA", "IJSAT"))
+
+
+def test_a_training_is_held_against_the_one_it_stands_on() -> None:
+    def report(right: str) -> Report:
+        results = [
+            Result("clean", "clean", "clean", "", 0, "", "1111"),
+            Result("autoattack", "AutoAttack L∞", "lp", "4/255", 100, "", right),
+        ]
+        return Report({"images": 4}, {one.name: one for one in results})
+
+    rows = {"PGD-AT": "1000", "PGD-AT + JSA": "1100", "TRADES + JSA": "1110"}
+    reports = {row: {"best": report("1111"), "last": report(r)} for row, r in rows.items()}
+    found = told(reports)
+    assert found["autoattack"]["PGD-AT + JSA"] == {"best": 100, "last": 50}
+    (_, attacked, _), (_, alone, _) = (
+        found["tables"][base][base + " + JSA"] for base in ("PGD-AT", "TRADES")
+    )
+    assert attacked["change"].startswith("+25.0")
+    assert alone["change"] == ""

@@ -103,6 +103,7 @@ def _replay(
 
 # A latent step away from the model's own prediction, which may be wrong.
 _own: dict[str, Any] = {"eps": 0, "target": "prediction"}
+_joint = partial(_attack, target="prediction")
 _half = PARTS // 2
 
 NOT_OURS = ("plain", "mixup", "CutMix")
@@ -124,9 +125,18 @@ ROWS: dict[str, Make] = {
     "latent step": partial(_attack, **_own),
     "latent step, second half": partial(_attack, begin=_half, **_own),
     "latent step, replay": partial(_replay, mixed=False),
-    "joint step, half of each batch": partial(
-        _attack, eps=1 / 255, target="prediction", fraction=0.5
+    "joint step": _joint,
+    "joint step, second half": partial(_joint, begin=_half),
+    "joint step, half of each batch": partial(_joint, fraction=0.5),
+    "joint step of 2 levels": partial(_joint, eps=2 / 255),
+    "joint step of 2 levels, half of each batch": partial(_joint, eps=2 / 255, fraction=0.5),
+    "JointSpaceAdv of 2 levels, third of each batch": partial(_attack, eps=2 / 255, fraction=1 / 3),
+    "pixel step, second half": partial(_attack, eta=0, begin=_half),
+    "pixel step, half of each batch": partial(_attack, eta=0, fraction=0.5),
+    "pixel step of 4 levels, third of each batch": partial(
+        _attack, eta=0, eps=4 / 255, fraction=1 / 3
     ),
+    "pixel step in L2": partial(_attack, eta=0, norm="l2", eps=0.25),
     "mixup + latent step": partial(_blend, **_own),
     "mixup + latent step, second half": partial(_blend, begin=_half, **_own),
     "mixup + latent step, half of each batch": partial(_blend, fraction=0.5, **_own),

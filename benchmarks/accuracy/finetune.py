@@ -5,12 +5,13 @@ Run:  IJSAT_DATA=... python benchmarks/accuracy/finetune.py
 A ResNet-18 of a quarter of the width is trained plainly on 48,000 or 10,000 training images of
 CIFAR-10, and then for four or ten epochs more with each augmentation. ``transfer``: it is trained
 on the 24,000 of five classes, and then, with a new last layer, on 500 images of the five others.
-The 2,000 training images left out choose the best epoch and, with seed 100, the settings; the test
-split is read at the end alone. The base is one network for all seeds, which draw the order, the
-crops and the augmentations (and, in ``transfer``, the images). The rows "for as long as ..." have
-the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
-measures each on the 15 corruptions of 2,000 test images. ``--record finetune-cifar10`` writes what
-is there.
+The 2,000 training images left out choose the best epoch and, in place of the test split with seed
+100, the settings; the test split is read at the end alone. The base is one network for all seeds,
+which draw the order, the crops and the augmentations (and, in ``transfer``, the images). The rows
+"for as long as ..." have the processor time of the row they name. Every network is kept beside its
+run, and ``--corruptions`` measures each on the 15 corruptions of 2,000 test images, or of 500 that
+validate. ``--record finetune-cifar10`` writes what is there, and with ``--seeds 100``
+``--record finetune-tuning`` what chose the settings.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from ijsat_aug.flows.frozen import FrozenGlow
 
 data = cache(cifar10)
 make = partial(cifar_resnet18, width=16)
-VALIDATION, CORRUPTED = 2000, 2000
+VALIDATION = 2000
+TUNING = 100  # the seed that is tested on validation images
 STEPS = {"48000": 4 * 375, "10000": 10 * 78, "transfer": 500}
 PEAKS = {"48000": 0.02, "10000": 0.02, "transfer": 0.1}  # of 0.02 and 0.1, with seed 100
 BASE_EPOCHS = {"48000": 30, "10000": 100, "transfer": 30}
@@ -86,13 +88,13 @@ class FineTuning(Study):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         held, used = order[:VALIDATION], order[VALIDATION:]
         pick = partial(of, (images, labels))
+        tested = pick(held) if run.seed == TUNING else data(train=False)
         if run.setting != "transfer":
             learnt = pick(used[: int(run.setting)])
-            return Parts(learnt, learnt, pick(held), data(train=False), str(run.setting))
+            return Parts(learnt, learnt, pick(held), tested, str(run.setting))
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(run.seed))]
         few = of_each(new, labels, range(FIRST, 10), FEW)
-        tested = data(train=False)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
             of(tested, tested[1] >= FIRST), "transfer",
@@ -111,16 +113,20 @@ class FineTuning(Study):
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
-    def corruptions(self, files: Path, rows: Sequence[str]) -> None:
+    def corruptions(self, rows: Sequence[str]) -> None:
         """Add to the runs of all classes what their networks make of corrupted test images."""
-        images, labels = (part[:CORRUPTED] for part in data(train=False))
         for path in sorted(self.work.glob("*.json")):
             result = json.loads(path.read_text())
             wanted = result["row"] in rows and result["setting"] != "transfer"
             if wanted and "corruptions" not in result:
+                run = Run(result["row"], result["row"], result["setting"], result["seed"])
+                name, count = ("validation", 500) if run.seed == TUNING else ("test", 2000)
+                images, labels = (part[:count] for part in self.parts(run).tested)
                 network = make()
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
-                report = evaluate(network, images, labels, threats=(), corruption_files=files)
+                report = evaluate(
+                    network, images, labels, threats=(), corruption_files=self.work / name
+                )
                 result["corruptions"] = round(100 * report.summary()["corruptions"], 2)
                 keep(path, result)
 
@@ -152,7 +158,7 @@ def main() -> None:
     flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
     study = FineTuning(options.work, flow)
     if options.corruptions:
-        study.corruptions(options.work / "cifar10-c", options.only or list(ROWS))
+        study.corruptions(options.only or list(ROWS))
     elif options.record:
         facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS}
         print(record(options.record, facts | study.result(options.seeds, RIVALS)))

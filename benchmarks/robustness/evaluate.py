@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import record
 from benchmarks.real_data import cifar10
+from benchmarks.robustness.numbers import numbers
 from ijsat_aug.demo import run as train_on_digits
 from ijsat_aug.evaluation import Report, to_markdown
 from ijsat_aug.evaluation.command import run as evaluate
-from ijsat_aug.evaluation.table import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "train_torchvision.py"
@@ -103,22 +101,6 @@ def train(out: Path, folder: Path, epochs: int, with_line: bool) -> None:
     save_file(weights, out / "ema.safetensors")
 
 
-def numbers(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """The table of each network, and its change against the plain one on the same images."""
-    found = {}
-    for name, report in reports.items():
-        against = None if name == "plain" else reports["plain"]
-        found[name] = [
-            {
-                "part": row.part, "threat": row.title, "budget": row.budget, "steps": row.steps,
-                "accuracy": round(100 * row.accuracy.value, 2), "interval": row.interval,
-                "change": row.difference,
-            }
-            for row in rows(report, against)
-        ]  # fmt: skip
-    return found
-
-
 def spent(report: Report) -> float:
     """Seconds on all threats, whichever run they belong to."""
     return round(sum(result.seconds for result in report.results.values()), 1)
@@ -144,7 +126,10 @@ def main() -> None:
         "seconds": {name: spent(report) for name, report in reports.items()},
         "models": {name: report.settings["model"] for name, report in reports.items()},
         "warnings": {name: list(report.warnings) for name, report in reports.items()},
-        "tables": numbers(reports),
+        "tables": {
+            name: numbers(report, None if name == "plain" else first)
+            for name, report in reports.items()
+        },
     }  # fmt: skip
     print(record(f"robustness-{options.data}", result))
 

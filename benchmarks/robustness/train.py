@@ -9,7 +9,7 @@ three quarters of the epochs. "+ JSA" attacks in the joint space: the latents mo
 steps, half as far as by default, which the validation images chose. "+ IJSAT" mixes first and
 attacks the blends with all of the radius; TRADES compares the blend with the attacked one. 1,000
 other training images under PGD-10 choose the best epoch. ``--evaluate`` measures the best and the
-last network of every row on test images: clean, PGD-50, AutoAttack, the joint space, and the unseen
+last network of each on test images: clean, PGD-50, AutoAttack, the joint space, and the unseen
 threats at half of their usual budgets, as 4/255 is half of 8/255; ``--record`` writes it too. Each
 training and each finished threat is a file of its own.
 """
@@ -21,7 +21,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
+from benchmarks.robustness.numbers import numbers
 from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report, evaluate
@@ -115,9 +116,14 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
     return found.float()
 
 
+def place(work: Path, row: str) -> Path:
+    """The folder of a training."""
+    return work / row.replace(" ", "").replace("+", "-")
+
+
 def train(row: str, epochs: int, seed: int, flow: FrozenGlow, work: Path) -> None:
     """One training; the best and the last network, and the robust accuracy of every epoch."""
-    folder = work / row.replace(" ", "").replace("+", "-")
+    folder = place(work, row)
     if (folder / "training.json").is_file():
         return
     images, labels = data(train=True)
@@ -199,20 +205,44 @@ def main() -> None:
         for row in options.only or ROWS:
             train(row, options.epochs, options.seed, flow, options.work)
         return
-    exact = load_flow("cifar10-fast")
-    rows = {}
-    for path in sorted(options.work.glob("*/training.json")):
-        facts = json.loads(path.read_text())
-        if options.only is None or facts["row"] in options.only:
-            found = {}
-            for name in ("best", "last"):
-                report = measure(path.parent, name, options.images, exact)
-                found[name] = report.summary() | {"unseen": report.union("unseen").value}
-            rows[facts["row"]] = facts | found
-            print(json.dumps(rows[facts["row"]]), flush=True)
+    reports = evaluated(options.only or ROWS, options.work, options.images)
     if options.record:
-        result = {"seed": options.seed, "images": options.images, "eps": EPS, "rows": rows}
-        print(record("robustness-training", result))
+        trainings = {
+            row: json.loads((place(options.work, row) / "training.json").read_text())
+            for row in reports
+        }
+        facts = {"seed": options.seed, "images": options.images, "trainings": trainings}
+        print(record("robustness-training", facts | told(reports)))
+
+
+Reports = dict[str, dict[str, Report]]
+
+
+def evaluated(rows: Sequence[str], work: Path, images: int) -> Reports:
+    """The best and the last network of each of these trainings that is done."""
+    flow = load_flow("cifar10-fast")
+    done = [row for row in rows if (place(work, row) / "training.json").is_file()]
+    return {
+        row: {name: measure(place(work, row), name, images, flow) for name in ("best", "last")}
+        for row in done
+    }
+
+
+def told(reports: Reports) -> dict[str, Any]:
+    """What the last networks withstand, and what AutoAttack leaves of the best and the last.
+
+    The changes are those against the training of the same name without the joint space.
+    """
+    tables: dict[str, Any] = {}
+    for row, found in reports.items():
+        base = row.removesuffix(" + JSA").removesuffix(" + IJSAT")
+        against = reports[base]["last"] if base in reports and base != row else None
+        tables.setdefault(base, {})[row] = numbers(found["last"], against)
+    epochs = {
+        row: {name: round(100 * one.accuracy("autoattack"), 2) for name, one in found.items()}
+        for row, found in reports.items()
+    }
+    return {"tables": tables, "autoattack": epochs}
 
 
 if __name__ == "__main__":
