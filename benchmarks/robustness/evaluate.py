@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import record
 from benchmarks.real_data import cifar10
-from benchmarks.robustness.numbers import numbers
+from benchmarks.robustness.report_rows import numbers
 from ijsat_aug.demo import run as train_on_digits
 from ijsat_aug.evaluation import Report, to_markdown
 from ijsat_aug.evaluation.command import run as evaluate

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10
-from benchmarks.robustness.numbers import numbers
+from benchmarks.robustness.report_rows import numbers
 from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report, evaluate
