@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def environment() -> dict[str, Any]:
     dirty = subprocess.run(changed, capture_output=True, text=True)
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     return {
-        "command": " ".join(["python", script.as_posix(), *sys.argv[1:]]),
+        "command": shlex.join(["python", script.as_posix(), *sys.argv[1:]]),
         "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": _hardware(),

@@ -247,7 +247,7 @@ def test_a_killed_training_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     assert state.exists()
     assert not (out / "config.json").exists()
     done = subprocess.run(
-        [*command, "--minutes", "0.02", "--resume"], capture_output=True, text=True, timeout=120
+        [*command, "--minutes", "0.02", "--resume"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert load_flow(out).info["training"]["steps"] >= 5
