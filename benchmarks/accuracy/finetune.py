@@ -85,10 +85,9 @@ class FineTuning(Study):
     def parts(self, run: Run) -> Parts:
         """The images of a run."""
         images, labels = data(train=True)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        held, used = order[:VALIDATION], order[VALIDATION:]
+        held, used = split(len(labels))
         pick = partial(of, (images, labels))
-        tested = pick(held) if run.seed == TUNING else data(train=False)
+        tested = images_tested(run.seed)
         if run.setting != "transfer":
             learnt = pick(used[: int(run.setting)])
             return Parts(learnt, learnt, pick(held), tested, str(run.setting))
@@ -119,9 +118,8 @@ class FineTuning(Study):
             result = json.loads(path.read_text())
             wanted = result["row"] in rows and result["setting"] != "transfer"
             if wanted and "corruptions" not in result:
-                run = Run(result["row"], result["row"], result["setting"], result["seed"])
-                name, count = ("validation", 500) if run.seed == TUNING else ("test", 2000)
-                images, labels = (part[:count] for part in self.parts(run).tested)
+                name, count = ("validation", 500) if result["seed"] == TUNING else ("test", 2000)
+                images, labels = (part[:count] for part in images_tested(result["seed"]))
                 network = make()
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
                 report = evaluate(
@@ -140,6 +138,20 @@ class Parts:
     validation: Labelled
     tested: Labelled
     name: str
+
+
+def split(count: int) -> tuple[Tensor, Tensor]:
+    """Which training images validate, and which are learnt from."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:VALIDATION], order[VALIDATION:]
+
+
+def images_tested(seed: int) -> Labelled:
+    """The test split; with the seed that chooses the settings, the images that validate."""
+    if seed != TUNING:
+        return data(train=False)
+    learnt = data(train=True)
+    return of(learnt, split(len(learnt[1]))[0])
 
 
 def main_branch(network: nn.Module) -> dict[str, Tensor]:

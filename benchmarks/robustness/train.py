@@ -200,8 +200,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
-    flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
     if not options.evaluate:
+        flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
         for row in options.only or ROWS:
             train(row, options.epochs, options.seed, flow, options.work)
         return
