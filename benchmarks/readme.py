@@ -202,7 +202,7 @@ def corruptions_table() -> str:
         for name, row in table.items():
             if "corruptions" in row:
                 over = [row.get(f"{what}over plain") for what in ("", "corruptions ")]
-                clean, corrupted = ("" if gain is None else _interval(gain, "+") for gain in over)
+                clean, corrupted = (_interval(gain, "+") for gain in over)
                 means = [_interval(row[what]) for what in ("accuracy", "corruptions")]
                 seeds = str(len(row["seeds"]))
                 rows.append([title, name, means[0], clean, means[1], corrupted, seeds])
@@ -219,7 +219,7 @@ def _study(
     for title, table in result["table"].items():
         for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
-            cells = ["" if gain is None else _interval(gain, "+") for gain in gains]
+            cells = [_interval(gain, "+") for gain in gains]
             time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
             taken = [str(len(row["seeds"])), str(row["steps"]), time]
             rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
@@ -232,7 +232,9 @@ _NOTE = (
 )
 
 
-def _interval(found: tuple[float, float | None], sign: str = "") -> str:
+def _interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
     mean, half = found
     return format(mean, f"{sign}.1f") + ("" if half is None else f" ± {half:.1f}")
 
