@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +68,20 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
-def crop_and_flip(images: Tensor) -> Tensor:
-    """uint8 to [0, 1]; each image moved by up to 4 pixels over black, and mirrored or not."""
+def crop_and_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 to [0, 1]; each image moved by up to 4 pixels over black, and mirrored or not.
+
+    Args:
+        images: ``(B, C, H, W)``, uint8.
+        generator: Of their device; by default the global one.
+    """
     batch, _, height, width = images.shape
+    own: dict[str, Any] = {"generator": generator, "device": images.device}
+    row, column, which = (torch.arange(n, device=images.device) for n in (height, width, batch))
     padded = F.pad(images, (4, 4, 4, 4))
-    down, right = torch.randint(9, (2, batch, 1))
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    columns = torch.where(torch.rand(batch, 1) < 0.5, columns, columns.flip(1))
-    which = torch.arange(batch)[:, None, None]
+    down, right = torch.randint(9, (2, batch, 1), **own)
+    rows, columns = down + row, right + column
+    columns = torch.where(torch.rand(batch, 1, **own) < 0.5, columns, columns.flip(1))
+    which = which[:, None, None]
     moved = padded[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
     return moved.float() / 255

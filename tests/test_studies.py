@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
-from benchmarks.accuracy.finetune import TUNING, FineTuning, Parts, make
+from benchmarks.accuracy.finetune import TUNING, FineTuning, Parts
 from benchmarks.accuracy.study import (
     BATCH,
     Run,
@@ -26,7 +26,7 @@ from benchmarks.accuracy.study import (
     summary,
     train,
 )
-from benchmarks.networks import small_resnet
+from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.robustness.train import ROWS as TRAININGS
 from benchmarks.robustness.train import Method, told
 from benchmarks.training import save_weights
@@ -95,7 +95,7 @@ def test_a_run_is_kept_and_a_long_one_takes_the_others_time(tmp_path: Path) -> N
             trained.append(run)
             return {"last": 1.0, "best": 2.0, "steps": 3, "seconds": 12.5}
 
-    study = Counting(tmp_path, "none", [500])
+    study = Counting(tmp_path, "none", [500], load_flow("digits"))
     first = study.run(LONG, 500, 4)
     assert [(run.row, run.seconds) for run in trained] == [("OM", None), ("mixup", 12.5)]
     assert study.run(LONG, 500, 4) == first == json.loads(study.file(trained[1]).read_text())
@@ -146,7 +146,7 @@ def test_every_row_can_be_trained_for_as_long_as_each_of_ours() -> None:
 
 
 def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
-    save_weights(make().state_dict(), tmp_path / "base-transfer.safetensors")
+    save_weights(cifar_resnet18(width=16).state_dict(), tmp_path / "base-transfer.safetensors")
     study = FineTuning(tmp_path, load_flow("digits"))
     parts = Parts(digits, digits, digits, digits, "transfer")
     drawn = [(study.base(parts, seed)[-1].weight, torch.rand(5)) for seed in (0, 0, 1)]
@@ -156,7 +156,7 @@ def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
 
 
 def test_every_row_names_a_file() -> None:
-    study = Study(Path(), "", [])
+    study = Study(Path(), "", [], load_flow("digits"))
     files = {study.file(Run(row, row, "10000", 0)) for row in (*ROWS, *AS_LONG)}
     assert len(files) == len(ROWS) + len(AS_LONG)
     assert all(file.parent == Path() for file in files)
@@ -166,7 +166,7 @@ def test_every_row_names_a_file() -> None:
 @pytest.mark.parametrize("setting", ["10000", "transfer"])
 def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Path) -> None:
     study = FineTuning(tmp_path, load_flow("digits"))
-    chosen, final = (study.parts(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
+    chosen, final = (study.parts_of(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
     assert torch.equal(chosen.tested[0], chosen.validation[0])
     assert len(final.tested[1]) == (10_000 if setting == "10000" else 5_000)
     shown = {bytes(image.numpy()) for image in final.learnt[0]}
@@ -181,7 +181,8 @@ def test_an_adversarial_training_takes_a_step(row: str) -> None:
     net, flow = network(), load_flow("digits")
     before = [p.detach().clone() for p in net.parameters()]
     method = Method.of(row, net, flow)
-    method.step(net, x, torch.from_numpy(data.target[:32]))
+    y = torch.from_numpy(data.target[:32])
+    method.step(net, x, y, method.draw(x, y))
     assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
     assert method.attack.threat.moves_latent == row.endswith(("JSA", "IJSAT"))

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,31 +32,32 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.accuracy.augmentations import ROWS
+from benchmarks.accuracy.augmentations import AS_LONG, ROWS
 from benchmarks.accuracy.study import (
+    BATCH,
     Labelled,
     Run,
     Study,
     Task,
+    Trained,
     accuracy,
     arguments,
-    both,
     keep,
     of,
     of_each,
-    run_all,
-    train,
+    prepare,
 )
+from benchmarks.accuracy.together import Course, run_all
+from benchmarks.graphs import alone
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
 from benchmarks.training import save_weights, train_plainly
 from ijsat_aug import load_flow
-from ijsat_aug.evaluation import evaluate
+from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFiles
 from ijsat_aug.flows.frozen import FrozenGlow
 
 data = cache(cifar10)
-make = partial(cifar_resnet18, width=16)
 VALIDATION = 2000
 TUNING = 100  # the seed that is tested on validation images
 STEPS = {"48000": 4 * 375, "10000": 10 * 78, "transfer": 500}
@@ -65,38 +68,71 @@ RIVALS = ("plain", "mixup")
 
 
 class FineTuning(Study):
-    """Some epochs more, from the weights of a network that was trained plainly."""
+    """Some epochs more, from the weights of a network that was trained plainly.
 
-    def __init__(self, work: Path, flow: FrozenGlow) -> None:
-        super().__init__(work, "cifar_resnet18(width=16)", list(STEPS))
-        self.flow = flow
+    Args:
+        work: The folder of the files.
+        flow: Of the augmentations.
+        width: Of the network.
+        batch: Images a step.
+        base_epochs: Of the plain training of all 48,000 images.
+    """
 
-    def train(self, run: Run) -> dict[str, Any]:
-        """One fine-tuning and its test; the last weights are kept."""
-        part = self.parts(run)
-        network = self.base(part, run.seed)
-        before = accuracy(network, part.tested)
-        task = Task(part.learnt, part.validation, STEPS[part.name], PEAKS[part.name])
-        trained = train(task, network, ROWS[run.row](network, self.flow), run.seconds)
-        facts = {"before": before, **both(trained, part.tested)}
+    def __init__(
+        self,
+        work: Path,
+        flow: FrozenGlow,
+        width: int = 16,
+        batch: int = BATCH,
+        base_epochs: int = BASE_EPOCHS["48000"],
+    ) -> None:
+        super().__init__(work, f"cifar_resnet18(width={width})", list(STEPS), flow)
+        self.make = partial(cifar_resnet18, width=width)
+        self.batch = batch
+        self.base_epochs = {**BASE_EPOCHS, "48000": base_epochs}
+        self.parts = cache(self._parts)
+
+    def start(self, run: Run) -> nn.Module:
+        """The network that is trained on."""
+        return self.base(self.parts_of(run), run.seed)
+
+    def task(self, run: Run) -> Task:
+        """Some epochs with few or many images."""
+        part = self.parts_of(run)
+        steps = STEPS[part.name] * BATCH // self.batch
+        return Task(part.learnt, part.validation, steps, PEAKS[part.name], self.batch)
+
+    def tested(self, run: Run) -> Labelled:
+        """The test split, or what stands for it."""
+        return self.parts_of(run).tested
+
+    def told(self, run: Run, trained: Trained) -> dict[str, Any]:
+        """With the accuracy before; the last weights are kept."""
+        device = next(trained.network.parameters()).device
+        before = accuracy(self.start(run).to(device), self.tested(run))
+        facts = {"before": before, **super().told(run, trained)}
         save_weights(main_branch(trained.network), self.file(run, ".safetensors"))
         return facts
 
-    def parts(self, run: Run) -> Parts:
+    def parts_of(self, run: Run) -> Parts:
         """The images of a run."""
+        drawn = run.seed if run.setting == "transfer" else 0
+        return self.parts(str(run.setting), drawn, run.seed == TUNING)
+
+    def _parts(self, setting: str, seed: int, tuning: bool) -> Parts:
         images, labels = data(train=True)
         held, used = split(len(labels))
         pick = partial(of, (images, labels))
-        tested = images_tested(run.seed)
-        if run.setting != "transfer":
-            learnt = pick(used[: int(run.setting)])
-            return Parts(learnt, learnt, pick(held), tested, str(run.setting))
+        tested = images_tested(tuning)
+        if setting != "transfer":
+            learnt = pick(used[: int(setting)])
+            return Parts(learnt, learnt, pick(held), tested, setting)
         new = used[labels[used] >= FIRST]
-        new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(run.seed))]
+        new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
         few = of_each(new, labels, range(FIRST, 10), FEW)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
-            of(tested, tested[1] >= FIRST), "transfer",
+            of(tested, tested[1] >= FIRST), setting,
         )  # fmt: skip
 
     def base(self, parts: Parts, seed: int) -> nn.Sequential:
@@ -105,28 +141,50 @@ class FineTuning(Study):
         All that is random comes after it and from the seed: its own training has another.
         """
         weights = self.work / f"base-{parts.name}.safetensors"
-        network = train_plainly(make, *parts.before, BASE_EPOCHS[parts.name], weights=weights)
+        epochs = self.base_epochs[parts.name]
+        if torch.cuda.is_available() and not weights.is_file():
+            save_weights(self._captured_base(parts, epochs), weights)
+        network = train_plainly(self.make, *parts.before, epochs, weights=weights).cpu()
         assert isinstance(network, nn.Sequential)
         torch.manual_seed(seed)
         if parts.name == "transfer":
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
-    def corruptions(self, rows: Sequence[str]) -> None:
+    def _captured_base(self, parts: Parts, epochs: int) -> dict[str, Tensor]:
+        """The same training as ``train_plainly``'s in batches of ours, as a CUDA graph."""
+        torch.manual_seed(0)
+        course = Course("plain", self.make(), self.flow, torch.device("cuda"))
+        steps = epochs * (len(parts.before[1]) // self.batch)
+        task = Task(parts.before, parts.validation, steps, 0.2, self.batch)
+        torch.manual_seed(0)
+        course.begin(self.make(), 0)
+        trained: Trained = alone(course.train(task))
+        print("base", trained.facts, flush=True)
+        return trained.network.state_dict()
+
+    def corruptions(self, rows: Sequence[str], until: float) -> None:
         """Add to the runs of all classes what their networks make of corrupted test images."""
-        for path in sorted(self.work.glob("*.json")):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for path in sorted(self.work.glob("*.json"), key=lambda path: path.stem[-1]):
             result = json.loads(path.read_text())
             wanted = result["row"] in rows and result["setting"] != "transfer"
-            if wanted and "corruptions" not in result:
-                name, count = ("validation", 500) if result["seed"] == TUNING else ("test", 2000)
-                images, labels = (part[:count] for part in images_tested(result["seed"]))
-                network = make()
+            if wanted and "corruptions" not in result and time.monotonic() < until:
+                network = self.make().to(device, memory_format=torch.channels_last)
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
-                report = evaluate(
-                    network, images, labels, threats=(), corruption_files=self.work / name
-                )
-                result["corruptions"] = round(100 * report.summary()["corruptions"], 2)
+                data = self.damaged(result["seed"] == TUNING, device)
+                result["corruptions"] = round(mean(accuracy(network, one) for one in data), 2)
                 keep(path, result)
+
+    @cache  # noqa: B019
+    def damaged(self, tuning: bool, device: torch.device) -> list[Labelled]:
+        """Images under each corruption at each severity, on the device."""
+        name, count = ("validation", 500) if tuning else ("test", 2000)
+        images, labels = (part[:count] for part in images_tested(tuning))
+        files = CorruptionFiles(self.work / name)
+        files.write(images, labels, device=device)
+        found = [files.read(name, s, 0, count) for name in STANDARD for s in SEVERITIES]
+        return [(x.to(device), y.to(device)) for x, y in found]
 
 
 @dataclass(frozen=True)
@@ -146,9 +204,9 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     return order[:VALIDATION], order[VALIDATION:]
 
 
-def images_tested(seed: int) -> Labelled:
-    """The test split; with the seed that chooses the settings, the images that validate."""
-    if seed != TUNING:
+def images_tested(tuning: bool) -> Labelled:
+    """The test split; where settings are chosen, the images that validate."""
+    if not tuning:
         return data(train=False)
     learnt = data(train=True)
     return of(learnt, split(len(learnt[1]))[0])
@@ -163,16 +221,20 @@ def main_branch(network: nn.Module) -> dict[str, Tensor]:
 def main() -> None:
     parser = arguments("runs/finetune")
     parser.add_argument("--flow", default="cifar10-fast", help="name or folder")
+    parser.add_argument("--width", type=int, default=16, help="of the ResNet-18; 64 is the usual")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
+    parser.add_argument("--base-epochs", type=int, default=BASE_EPOCHS["48000"])
     parser.add_argument("--corruptions", action="store_true", help="of the networks there are")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare()
     keep_memory()
     flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
-    study = FineTuning(options.work, flow)
+    study = FineTuning(options.work, flow, options.width, options.batch, options.base_epochs)
     if options.corruptions:
-        study.corruptions(options.only or list(ROWS))
+        until = time.monotonic() + 60 * options.minutes
+        study.corruptions(options.only or [*ROWS, *AS_LONG], until)
     elif options.record:
-        facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS}
+        facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": options.batch}
         print(record(options.record, facts | study.result(options.seeds, RIVALS)))
     else:
         run_all(study, list(ROWS), options)

@@ -20,26 +20,25 @@ import argparse
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.accuracy.augmentations import ROWS
 from benchmarks.accuracy.study import (
+    BATCH,
     Labelled,
     Run,
     Study,
     Task,
     arguments,
-    both,
     of,
     of_each,
-    run_all,
-    train,
+    prepare,
 )
+from benchmarks.accuracy.together import run_all
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10, fashion_mnist
@@ -66,20 +65,30 @@ class LowData(Study):
 
     def __init__(self, data: str, work: Path, flow: FrozenGlow, own_flow: bool) -> None:
         suffix = ", flow of the labelled images" if own_flow else ""
-        super().__init__(work / data, "small_resnet", list(STEPS[data]), suffix)
-        self.data, self.flow, self.own_flow = data, flow, own_flow
+        super().__init__(work / data, "small_resnet", list(STEPS[data]), flow, suffix)
+        self.data, self.own_flow = data, own_flow
 
-    def train(self, run: Run) -> dict[str, Any]:
-        """One training and its test."""
-        size, seed = int(run.setting), run.seed
+    def start(self, run: Run) -> nn.Module:
+        """New weights."""
+        torch.manual_seed(run.seed)
+        return small_resnet(channels=self.flow.shape[0])
+
+    def task(self, run: Run) -> Task:
+        """The images of the seed."""
+        size = int(run.setting)
         data = DATA[self.data](train=True)
-        learnt, validation = (of(data, part) for part in split(data[1], size, seed))
-        flow = self._flow_of(learnt, size, seed) if self.own_flow else self.flow
-        torch.manual_seed(seed)
-        network = small_resnet(channels=learnt[0].shape[1])
-        task = Task(learnt, validation, STEPS[self.data][size])
-        trained = train(task, network, ROWS[run.row](network, flow), run.seconds)
-        return both(trained, DATA[self.data](train=False))
+        learnt, validation = (of(data, part) for part in split(data[1], size, run.seed))
+        return Task(learnt, validation, STEPS[self.data][size])
+
+    def tested(self, run: Run) -> Labelled:
+        """The test split."""
+        return DATA[self.data](train=False)
+
+    def flow_of(self, run: Run) -> FrozenGlow:
+        """The flow of all images, or one that has seen the labelled ones alone."""
+        if not self.own_flow:
+            return self.flow
+        return self._flow_of(self.task(run).learnt, int(run.setting), run.seed)
 
     def _flow_of(self, learnt: Labelled, size: int, seed: int) -> FrozenGlow:
         """A flow that has seen the labelled images alone."""
@@ -102,11 +111,12 @@ def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(1)
+    prepare()
     flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=torch.bfloat16)
     study = LowData(options.data, options.work, flow, options.own_flow)
     if options.record:
-        facts = {"flow": {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}}
+        seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
+        facts = {"flow": seen, "batch": BATCH}
         result = facts | study.result(options.seeds, RIVALS)
         print(record(options.record, result))
     else:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.training import crop_and_flip
+from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
 BATCH = 128
@@ -43,12 +44,14 @@ class Task:
         validation: Those that choose the best epoch.
         steps: Of the optimiser.
         peak: Learning rate at the top of the cycle.
+        batch: Images a step; on a CPU always as many.
     """
 
     learnt: Labelled
     validation: Labelled
     steps: int
     peak: float = 0.1
+    batch: int = BATCH
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def train(
     for x, y in itertools.chain.from_iterable(parts):
         optimizer.param_groups[0]["lr"] = task.peak * cycle(done)
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with low_precision(x):
             loss = F.cross_entropy(network(x), y)
         loss.backward()
         optimizer.step()
@@ -140,15 +143,22 @@ class Part:
 @torch.no_grad()
 def accuracy(network: nn.Module, data: Labelled) -> float:
     """Percent right."""
+    device = next(network.parameters()).device
+    data = (data[0].to(device), data[1].to(device))
     was = network.training
     network.eval()
-    right = 0
-    with torch.autocast("cpu", torch.bfloat16):
+    right = torch.zeros((), dtype=torch.long, device=device)
+    with low_precision(data[0]):
         for x, y in zip(*(part.split(500) for part in data), strict=True):
             x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
-            right += int((network(x).argmax(1) == y).sum())
+            right += (network(x).argmax(1) == y).sum()
     network.train(was)
-    return 100 * right / len(data[1])
+    return 100 * int(right) / len(data[1])
+
+
+def low_precision(x: Tensor) -> torch.autocast:
+    """Autocast to bfloat16 on the device of the images; a graph must not meet cached casts."""
+    return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=not x.is_cuda)
 
 
 def both(trained: Trained, tested: Labelled) -> dict[str, Any]:
@@ -183,25 +193,61 @@ class Run:
 class Study:
     """Runs of rows, settings and seeds, each kept in a file of its own.
 
+    A study says where a run begins, what it learns and what it is tested on.
+
     Args:
         work: The folder of the files.
         network: Its name, for the record.
         settings: What there is to run.
+        flow: Of the augmentations.
         suffix: Of the titles of rows.
     """
 
     def __init__(
-        self, work: Path, network: str, settings: Sequence[str | int], suffix: str = ""
+        self,
+        work: Path,
+        network: str,
+        settings: Sequence[str | int],
+        flow: FrozenGlow,
+        suffix: str = "",
     ) -> None:
-        self.work, self.network, self.settings, self.suffix = work, network, settings, suffix
+        self.work, self.network, self.settings = work, network, settings
+        self.flow, self.suffix = flow, suffix
+
+    def start(self, run: Run) -> nn.Module:
+        """The network that a run begins with; the random state after it is that of its seed."""
+        raise NotImplementedError
+
+    def task(self, run: Run) -> Task:
+        """What a run learns."""
+        raise NotImplementedError
+
+    def tested(self, run: Run) -> Labelled:
+        """The images that a run is tested on."""
+        raise NotImplementedError
+
+    def flow_of(self, run: Run) -> FrozenGlow:
+        """The flow of the augmentations of a run."""
+        return self.flow
+
+    def told(self, run: Run, trained: Trained) -> dict[str, Any]:
+        """What a finished run says."""
+        return both(trained, self.tested(run))
 
     def train(self, run: Run) -> dict[str, Any]:
-        """One training and its test: what :func:`both` returns."""
-        raise NotImplementedError
+        """One training and its test."""
+        task, flow = self.task(run), self.flow_of(run)
+        network = self.start(run)
+        trained = train(task, network, ROWS[run.row](network, flow), run.seconds)
+        return self.told(run, trained)
+
+    def planned(self, row: str, setting: str | int, seed: int) -> Run:
+        """A run by its names."""
+        return Run(row + self.suffix, row, setting, seed)
 
     def run(self, row: str, setting: str | int, seed: int) -> dict[str, Any]:
         """A run, or what its file says."""
-        run = Run(row + self.suffix, row, setting, seed)
+        run = self.planned(row, setting, seed)
         path = self.file(run)
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_text())
@@ -209,8 +255,12 @@ class Study:
         if row in AS_LONG:
             who, whom = AS_LONG[row]
             run = replace(run, row=who, seconds=self.run(whom, setting, seed)["seconds"])
-        result = {"row": run.title, "setting": setting, "seed": seed, **self.train(run)}
-        keep(path, result)
+        return self.keep(run, self.train(run))
+
+    def keep(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write the file of a run."""
+        result = {"row": run.title, "setting": run.setting, "seed": run.seed, **facts}
+        keep(self.file(run), result)
         return result
 
     def file(self, run: Run, ending: str = ".json") -> Path:
@@ -227,7 +277,7 @@ class Study:
             for setting in self.settings
         }
         return {
-            "network": self.network, "batch": BATCH, "threads": 1,
+            "network": self.network,
             "seed": sorted({one["seed"] for one in runs}),
             "table": {setting: table for setting, table in by_setting.items() if table},
             "runs": runs,
@@ -249,16 +299,16 @@ def arguments(work: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=(*ROWS, *AS_LONG), help="these rows alone")
     parser.add_argument("--work", type=Path, default=Path(work))
     parser.add_argument("--record", help="write the JSON of this name of what is there")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="on a GPU: leave the rest undone"
+    )
     return parser
 
 
-def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> None:
-    """Every row that is asked for, in every setting, with every seed."""
-    for seed in options.seeds:
-        for setting in study.settings:
-            if options.settings is None or str(setting) in options.settings:
-                for row in options.only or rows:
-                    study.run(row, setting, seed)
+def prepare() -> None:
+    """One thread; on a GPU the fastest kernels."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
 
 
 def interval(values: Iterable[float]) -> Interval:

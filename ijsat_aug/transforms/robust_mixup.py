@@ -307,6 +307,7 @@ class RobustMixup(BatchTransform):
         attack.handle = attack.handle.to(model, "auxiliary" if self.mode == "append" else None)
         if attack.random.is_global:
             attack.random = self.random
+        attack._seen = self._seen  # looks at values as often as this transform: once on a device
 
     def _call(self, params: dict[str, Any]) -> Attack | None:
         """The attack with what it drew; nothing where it is told to rest."""

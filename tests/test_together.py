@@ -1,0 +1,145 @@
+"""The studies on a GPU, as far as a CPU can tell: what runs side by side is what runs alone."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from benchmarks.accuracy import together
+from benchmarks.accuracy.augmentations import ROWS
+from benchmarks.accuracy.study import Labelled, Run, Study, Task
+from benchmarks.accuracy.together import Course, run_together
+from benchmarks.graphs import Graphed, Training, alone, side_by_side
+from benchmarks.networks import small_resnet
+from ijsat_aug import load_flow
+from ijsat_aug.flows.frozen import FrozenGlow
+
+LONG = "mixup, for as long as mixup + latent step, second half"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Labelled:
+    found = load_digits()
+    images = torch.from_numpy(found.images * 15.9375).to(torch.uint8)[:, None]
+    return images, torch.from_numpy(found.target)
+
+
+class Digits(Study):
+    """Some steps on digits."""
+
+    def __init__(self, work: Path, data: Labelled, flow: FrozenGlow) -> None:
+        super().__init__(work, "small", ["few"], flow)
+        self.data = data
+
+    def start(self, run: Run) -> nn.Module:
+        torch.manual_seed(run.seed)
+        return small_resnet(channels=1)
+
+    def task(self, run: Run) -> Task:
+        part = [tuple(t[a:b] for t in self.data) for a, b in ((0, 256), (256, 384))]
+        return Task(*part, steps=20, batch=32)  # type: ignore[arg-type]
+
+    def tested(self, run: Run) -> Labelled:
+        return self.data[0][384:640], self.data[1][384:640]
+
+
+@pytest.fixture
+def study(digits: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Digits:
+    monkeypatch.setattr(together, "TIMED", 1)
+    return Digits(tmp_path, digits, load_flow("digits"))
+
+
+def facts(study: Digits, row: str, seed: int) -> dict[str, object]:
+    kept = study.run(row, "few", seed)  # from its file
+    return {name: value for name, value in kept.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("row", ["CutMix", "mixup + latent step, second half"])
+def test_a_training_does_not_depend_on_those_beside_it(study: Digits, row: str) -> None:
+    run_together(study, [row], ["few"], [1], CPU)
+    single = facts(study, row, 1)
+    study.work = study.work / "again"
+    run_together(study, ["mixup", row, "IJSAT"], ["few"], [0, 1], CPU)
+    assert facts(study, row, 1) == single
+    assert facts(study, row, 0)["loss"] != single["loss"]
+
+
+def test_a_row_for_as_long_has_the_steps_of_that_time(study: Digits) -> None:
+    whom = LONG.partition("as long as ")[2]
+    run_together(study, [whom, LONG], ["few"], [0], CPU)
+    ours, theirs = (study.run(row, "few", 0) for row in (whom, LONG))
+    assert theirs["steps"] > ours["steps"]
+    assert theirs["seconds"] == pytest.approx(ours["seconds"], rel=0.05)
+    assert (ours["steps"], ours["passes"]) == (20, 30)  # attacked in the second half
+
+
+def test_passes_count_what_the_network_sees(study: Digits) -> None:
+    rows = {"plain": 1, "JointSpaceAdv": 2, "IJSAT, split BatchNorm": 3}
+    run_together(study, list(rows), ["few"], [0], CPU)
+    assert {row: study.run(row, "few", 0)["passes"] / 20 for row in rows} == rows
+
+
+def test_nothing_is_begun_after_the_deadline(study: Digits) -> None:
+    run_together(study, ["plain", "mixup"], ["few"], [0], CPU, until=time.monotonic())
+    assert not list(study.work.glob("*.json"))
+
+
+@pytest.mark.parametrize("row", ["plain", "IJSAT, split BatchNorm"])
+def test_a_course_begins_anew(study: Digits, row: str) -> None:
+    run = study.planned(row, "few", 0)
+    course = Course(row, study.start(run), study.flow, CPU)
+    states = []
+    for seed in (0, 1, 0):
+        course.begin(study.start(run), seed)
+        states.append(copy.deepcopy(alone(course.train(study.task(run))).network.state_dict()))
+    first, other, again = (torch.cat([v.flatten() for v in s.values()]) for s in states)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_generators_take_turns() -> None:
+    seen: list[str] = []
+
+    def training(name: str, turns: int) -> Training:
+        for _ in range(turns):
+            seen.append(name)
+            yield
+
+    made = [lambda n=n, t=t: training(n, t) for n, t in (("a", 3), ("b", 1), ("c", 2))]
+    side_by_side(made, at_once=2)
+    assert seen == ["a", "b", "a", "a", "c", "c"] or seen == ["a", "b", "a", "c", "a", "c"]
+
+
+def test_a_graphed_function_is_called_on_a_cpu() -> None:
+    total = torch.zeros(())
+
+    def add(x: Tensor, more: dict[str, Tensor]) -> None:
+        total.add_(x + more["y"])
+
+    graphed = Graphed(add)
+    for i in range(6):
+        graphed(torch.tensor(float(i)), {"y": torch.tensor(1.0)})
+    assert total == 21
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("row", ["mixup", "mixup + latent step, second half", "IJSAT"])
+def test_captured_trainings_learn_as_called_ones(study: Digits, row: str) -> None:
+    run = study.planned(row, "few", 0)
+    found = []
+    for called in (False, True):
+        course = Course(row, study.start(run), study.flow, torch.device("cuda"))
+        if called:
+            course.plain, course.attacked = course._plain, course._attacked  # type: ignore[assignment]
+        course.begin(study.start(run), 0)
+        trained = alone(course.train(study.task(run)))
+        found.append(trained.facts["loss"])
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+    assert ROWS[row]
