@@ -105,8 +105,12 @@ def alone(training: Training) -> Any:
 
 
 def new_stream() -> Any:
-    """A stream, where there are such things."""
-    return torch.cuda.Stream() if torch.cuda.is_available() else None
+    """A stream that begins after what was asked of the usual one; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    return stream
 
 
 def on(stream: Any) -> AbstractContextManager[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +38,17 @@ def cifar_resnet18(num_classes: int = 10, width: int = 64) -> nn.Sequential:
         inner = outer
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, num_classes)]
     return nn.Sequential(*layers)
+
+
+def like_weights(weights: Mapping[str, Tensor]) -> nn.Sequential:
+    """One of these networks with these weights."""
+    width, channels = weights["0.weight"].shape[:2]
+    if "13.weight" in weights:
+        network = cifar_resnet18(len(weights["13.weight"]), width)
+    else:
+        network = small_resnet(len(weights["9.weight"]), channels)
+    network.load_state_dict(weights)
+    return network.eval()
 
 
 def small_resnet(num_classes: int = 10, channels: int = 3) -> nn.Sequential:

@@ -130,6 +130,12 @@ ROWS: dict[str, Make] = {
     "joint step, half of each batch": partial(_joint, fraction=0.5),
     "joint step of 2 levels": partial(_joint, eps=2 / 255),
     "joint step of 2 levels, half of each batch": partial(_joint, eps=2 / 255, fraction=0.5),
+    "joint step of 1 level, split BatchNorm": partial(_joint, split=True),
+    "joint step of 2 levels, split BatchNorm": partial(_joint, eps=2 / 255, split=True),
+    "joint step of 4 levels, split BatchNorm": partial(_joint, eps=4 / 255, split=True),
+    "3 joint steps of 4 levels, split BatchNorm": partial(
+        _attack, eps=4 / 255, steps=3, latent_steps=1, split=True
+    ),
     "JointSpaceAdv of 2 levels, third of each batch": partial(_attack, eps=2 / 255, fraction=1 / 3),
     "pixel step, second half": partial(_attack, eta=0, begin=_half),
     "pixel step, half of each batch": partial(_attack, eta=0, fraction=0.5),

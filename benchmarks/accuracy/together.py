@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
+import json
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +59,8 @@ class Course:
     def __init__(
         self, row: str, network: nn.Module, flow: FrozenGlow, device: torch.device
     ) -> None:
-        self.row, self.flow, self.device = row, flow.to(device), device
+        self.row, self.device = row, device
+        self.source, self.flow = flow, flow.to(device)
         self.network = network
         self.augmentation = ROWS[row](network, self.flow)
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -85,6 +90,14 @@ class Course:
             for part in transform.modules():
                 if isinstance(part, BatchTransform):
                     part.random = shared
+
+    def with_flow(self, flow: FrozenGlow, network: nn.Module) -> Course:
+        """A course with another flow of the same shape, whose steps take as long; or this one."""
+        if flow is self.source:
+            return self
+        other = Course(self.row, network, flow, self.device)
+        other.seconds, other.passes = self.seconds, self.passes
+        return other
 
     def train(self, task: Task) -> Training:
         """One training, which returns what it left; it yields now and then."""
@@ -230,19 +243,47 @@ def run_together(
     """
     first = study.planned("plain", settings[0], seeds[0])
     task = study.task(first)
-    timed = {}
-    for row in (*rows, *(AS_LONG[row][1] for row in rows if row in AS_LONG)):
-        if row not in timed:
-            who = AS_LONG.get(row, (row, ""))[0]
-            timed[row] = Course(who, study.start(first), study.flow, device)
-            alone(timed[row].time(task))
-            print(row, timed[row].seconds, timed[row].passes, flush=True)
-    trainings = [partial(_train, study, row, settings, seeds, timed) for row in rows]
-    began, before = time.perf_counter(), sum(course.taken for course in timed.values())
+    courses: dict[str, Course] = {}
+    kept = study.work / "seconds-of-a-step.txt"
+    with one_at_a_time():
+        for row in (*rows, *(AS_LONG[row][1] for row in rows if row in AS_LONG)):
+            if row not in courses:
+                who = AS_LONG.get(row, (row, ""))[0]
+                courses[row] = Course(who, study.start(first), study.flow, device)
+        measure(courses, task, kept)
+    trainings = [partial(_train, study, row, settings, seeds, courses) for row in rows]
+    began, before = time.perf_counter(), sum(course.taken for course in courses.values())
     side_by_side(trainings, len(trainings), until=until)
     finish(device)
-    steps, seconds = sum(c.taken for c in timed.values()) - before, time.perf_counter() - began
+    steps, seconds = sum(c.taken for c in courses.values()) - before, time.perf_counter() - began
     print(f"{steps} steps in {seconds:.1f} s", flush=True)
+
+
+def measure(courses: Mapping[str, Course], task: Task, kept: Path) -> None:
+    """Tell courses what their steps take, alone on the device; what a file keeps is not new."""
+    found: dict[str, dict[str, list[float]]] = {}
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+    for row, course in courses.items():
+        if row not in found:
+            alone(course.time(task))
+            found[row] = {
+                "seconds": [*course.seconds.values()],
+                "passes": [*course.passes.values()],
+            }
+            print(row, found[row], flush=True)
+        course.seconds = dict(zip((False, True), found[row]["seconds"], strict=True))
+        course.passes = dict(zip((False, True), found[row]["passes"], strict=True))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found))
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Where several studies are begun at once, each measures alone."""
+    with Path(tempfile.gettempdir(), "ijsat-measures.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _train(
@@ -263,8 +304,9 @@ def _train(
                 longer = courses[AS_LONG[row][1]]
                 share = longer.cost(task, longer.seconds) / course.cost(task, course.seconds)
                 task = replace(task, steps=round(task.steps * share))
-            course.begin(study.start(run), seed)
-            trained = yield from course.train(task)
+            own = course.with_flow(study.flow_of(run), study.start(run))
+            own.begin(study.start(run), seed)
+            trained = yield from own.train(task)
             study.keep(run, study.told(run, trained))
 
 

@@ -6,58 +6,62 @@ Run:  IJSAT_DATA=... python benchmarks/robustness/train.py              (five ho
 A ResNet-10 of 0.3 M parameters learns from 10,000 images of CIFAR-10, with crop and flip, under
 seven steps of 2.5 eps / 7 at L-inf 4/255; the learning rate falls to a tenth after half and after
 three quarters of the epochs. "+ JSA" attacks in the joint space: the latents move in two of the
-steps, half as far as by default, which the validation images chose. "+ IJSAT" mixes first and
-attacks the blends with all of the radius; TRADES compares the blend with the attacked one. 1,000
-other training images under PGD-10 choose the best epoch. ``--evaluate`` measures the best and the
-last network of each on test images: clean, PGD-50, AutoAttack, the joint space, and the unseen
-threats at half of their usual budgets, as 4/255 is half of 8/255; ``--record`` writes it too. Each
-training and each finished threat is a file of its own.
+steps, at 4/255 half as far as by default, which the validation images chose. "+ IJSAT" mixes first
+and attacks the blends alike; TRADES compares the blend with the attacked one. 1,000 other training
+images under PGD-10 choose the best epoch. ``--evaluate`` measures the last network of each on test
+images: clean, PGD-50, AutoAttack, the joint space, and the unseen threats at half of their usual
+budgets, as 4/255 is half of 8/255; and the best network under AutoAttack. Options take a wider
+network, more images and another budget. ``--record`` writes what is there. Each training and each
+finished threat is a file of its own.
+
+On a GPU all trainings run side by side, their steps CUDA graphs. The "seconds" of a training are
+its steps times what one takes when nothing else runs, measured before; on a CPU they are those of
+the process. "passes" is how many batches a step sends through the network.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import keep_memory, record
-from benchmarks.networks import small_resnet
+from benchmarks.graphs import Graphed, alone, side_by_side
+from benchmarks.harness import _hardware, keep_memory, record
+from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
+from benchmarks.robustness.withstand import attack_all, jobs, reports
 from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
-from ijsat_aug.evaluation import Report, evaluate
-from ijsat_aug.evaluation.spaces.table import SPACES
-from ijsat_aug.evaluation.threats import UNSEEN
+from ijsat_aug.evaluation import Report
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AdversarialWeightPerturbation, TRADESLoss
+from ijsat_aug.transforms.randomness import Randomness
 
-EPS, STEPS = 4 / 255, 7
-LEARNT, VALIDATION, BATCH = 10_000, 1000, 128
-HALF = tuple(f"{name}={SPACES[name].budget / 2:g}" for name in UNSEEN)
-THREATS = ("linf=4/255@50", "autoattack=4/255", "jsa=4/255", *HALF)
+STEPS = 7
+VALIDATION, BATCH = 1000, 128
+TIMED = 30  # steps
 ROWS = [
     base + ending
     for base in ("PGD-AT", "TRADES", "TRADES + AWP")
     for ending in ("", " + JSA", " + IJSAT")
 ]
-data = cache(cifar10)
+LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+Labelled = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -65,35 +69,47 @@ class Method:
     """How a network is trained: what becomes of a batch, and the loss at it.
 
     Attributes:
-        mix: Blends of pairs, or the batch as it is.
+        mix: Blends of pairs, or None for the batch as it is.
         attack: Makes what is trained on.
         trades: Whether the prediction before the attack is held against the one after it.
         gamma: Size of the weight perturbation; 0 is none.
     """
 
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    mix: RobustMixup | None
     attack: JointSpaceAdv
     trades: bool
     gamma: float
 
     @classmethod
-    def of(cls, row: str, network: nn.Module, flow: FrozenGlow) -> Method:
-        """What the name of a row says."""
+    def of(cls, row: str, network: nn.Module, flow: FrozenGlow, levels: float = 4) -> Method:
+        """What the name of a row says, at so many 255ths."""
         trades, mixed = "TRADES" in row, "IJSAT" in row
-        radius = recommended_eta(flow, "linf") / (1 if mixed else 2)
+        radius = recommended_eta(flow, "linf") * levels / 8
         joint = mixed or "JSA" in row
         budgets: dict[str, Any] = {"eta": radius, "latent_steps": 2} if joint else {"eta": 0}
         attack = JointSpaceAdv(
-            network, flow, eps=EPS, steps=STEPS, objective="kl" if trades else "ce",
-            amp_dtype=torch.bfloat16, memory_format=torch.channels_last, **budgets,
+            network, flow, eps=levels / 255, steps=STEPS, objective="kl" if trades else "ce", **LOW,
+            **budgets,
         )  # fmt: skip
-        mix = RobustMixup(num_classes=10, eps=0) if mixed else lambda x, y: (x, y)
+        mix = RobustMixup(num_classes=10, eps=0) if mixed else None
         return cls(mix, attack, trades, 0.005 if "AWP" in row else 0.0)
 
-    def step(self, network: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Leave the gradient of one batch on the network."""
-        x, y = self.mix(x, y)
-        worse, _ = self.attack(x, y)
+    def seed(self, seed: int) -> None:
+        """Draw from now on from generators of its own."""
+        self.attack.random = Randomness(seed)
+        if self.mix is not None:
+            self.mix.random = self.attack.random
+
+    def draw(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """All that is random in a step; a blend is of the shape of a batch."""
+        params = {"attack": self.attack.draw(x, y)}
+        return params if self.mix is None else params | {"mix": self.mix.draw(x, y)}
+
+    def step(self, network: nn.Module, x: Tensor, y: Tensor, params: dict[str, Any]) -> None:
+        """Leave the gradient of one batch on the network, given what :meth:`draw` drew."""
+        if self.mix is not None:
+            x, y, _ = self.mix.augment(x, y, params["mix"])
+        worse, y, _ = self.attack.augment(x, y, params["attack"])
         loss = partial(self.loss, network, x, worse, y)
         worst_weights = AdversarialWeightPerturbation(network, self.gamma)
         with worst_weights(loss) if self.gamma else nullcontext(loss()) as value:
@@ -111,9 +127,208 @@ class Method:
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """In bfloat16 inside, and float32 outside."""
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
         found: Tensor = network(images)
     return found.float()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all rows share.
+
+    Attributes:
+        learnt: uint8 images and their classes, on the device where the training runs.
+        validation: The same, which choose the best epoch.
+        epochs: How long.
+        seed: Of the weights and of all draws.
+        work: Folder of the results.
+        batch: Images a step.
+        levels: The budget, in 255ths.
+        width: Of a ResNet-18; 0 is the small ResNet-10.
+    """
+
+    learnt: Labelled
+    validation: Labelled
+    epochs: int
+    seed: int
+    work: Path
+    batch: int = BATCH
+    levels: float = 4
+    width: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.learnt[0].device
+
+    @property
+    def each(self) -> int:
+        """Steps of an epoch."""
+        return len(self.learnt[1]) // self.batch
+
+    def rate(self, epoch: int) -> float:
+        """A tenth after half and after three quarters."""
+        falls = (self.epochs // 2, 3 * self.epochs // 4)
+        return float(0.1 * 0.1 ** sum(epoch >= fall for fall in falls))
+
+
+class Course:
+    """The training of a row, whose step and whose validation a GPU replays.
+
+    Args:
+        row: Its name.
+        plan: What it shares with the others.
+        flow: Of the attack, on the device.
+    """
+
+    def __init__(self, row: str, plan: Plan, flow: FrozenGlow) -> None:
+        self.row, self.plan = row, plan
+        network = self._fresh().to(plan.device)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.method = Method.of(row, self.network, flow, plan.levels)
+        self.rate = torch.zeros((), device=plan.device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), self.rate, momentum=0.9, nesterov=True, weight_decay=5e-4,
+            fused=True,
+        )  # fmt: skip
+        self.examiner = JointSpaceAdv(
+            self.network, eta=0, eps=plan.levels / 255, steps=10, generator=0, **LOW
+        )
+        size = 1000 if plan.device.type == "cuda" else 250
+        chunks = zip(*(part.split(size) for part in plan.validation), strict=True)
+        self.held = [(x.float() / 255, y) for x, y in chunks]
+        self.starts = [self.examiner.draw(x, y) for x, y in self.held]
+        self.right = torch.zeros((), dtype=torch.long, device=plan.device)
+        self.training, self.judging = Graphed(self._train), Graphed(self._judge)
+        self.passes, self.seconds = 0.0, 0.0
+        self.step_alone: float | None = None
+        self.network.register_forward_hook(self._count)
+        self.seen = 0
+
+    def begin(self) -> None:
+        """New weights, and the random numbers of the seed."""
+        self.network.load_state_dict(self._fresh().state_dict())
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        self.draws = torch.Generator(self.plan.device).manual_seed(self.plan.seed)
+        self.method.seed(self.plan.seed + 2**20)  # not the numbers of the crops again
+        self.network.train()
+
+    def train(self) -> Generator[None, None, None]:
+        """The training; yields after every step, and while a GPU has not finished an epoch."""
+        self.begin()
+        batches, plan = self._batches(), self.plan
+        curve: list[float] = []
+        best: dict[str, Tensor] = {}
+        for epoch in range(plan.epochs):
+            self.rate.fill_(plan.rate(epoch))
+            for _ in range(plan.each):
+                began = time.process_time()
+                self.step(*next(batches))
+                self.seconds += time.process_time() - began
+                yield
+            self.validate()
+            done = finished(plan.device)
+            while not done():
+                yield
+            curve.append(100 * int(self.right) / len(plan.validation[1]))
+            if curve[-1] == max(curve):
+                best = {name: value.clone() for name, value in self._state().items()}
+            told = f"epoch {epoch + 1} of {plan.epochs}, validation under PGD-10 {curve[-1]:.1f}"
+            print(f"{self.row}: {told}", flush=True)
+        self._save(best, curve)
+
+    def measure(self) -> Generator[None, None, None]:
+        """What a step takes when nothing else runs; a GPU has its graphs from then on."""
+        self.begin()
+        batches = self._batches()
+        for _ in range(4):
+            self.step(*next(batches))
+            self.validate()
+        synchronize(self.plan.device)
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            self.step(*next(batches))
+        synchronize(self.plan.device)
+        self.step_alone = (time.perf_counter() - began) / TIMED
+        print(f"{self.row}: {1e3 * self.step_alone:.2f} ms a step, alone", flush=True)
+        yield
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One step of the optimiser on a batch of crops."""
+        self.seen = 0
+        self.training(x, y, self.method.draw(x, y))
+        if self.seen:  # a replay calls nothing
+            self.passes = self.seen / len(x)
+
+    def validate(self) -> None:
+        """Count the validation images that are right under PGD-10."""
+        self.right.zero_()
+        for (x, y), start in zip(self.held, self.starts, strict=True):
+            self.judging(x, y, start)
+
+    def _train(self, x: Tensor, y: Tensor, params: dict[str, Any]) -> None:
+        self.method.step(self.network, x, y, params)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _judge(self, x: Tensor, y: Tensor, start: dict[str, Any]) -> None:
+        self.network.eval()
+        worse, _, _ = self.examiner.augment(x, y, start)
+        with torch.no_grad():
+            self.right.add_((logits(self.network, worse).argmax(1) == y).sum())
+        self.network.train()
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.seen += len(inputs[0])
+
+    def _fresh(self) -> nn.Module:
+        torch.manual_seed(self.plan.seed)
+        if self.plan.width:
+            return cifar_resnet18(width=self.plan.width)
+        return small_resnet(channels=self.plan.learnt[0].shape[1])
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+    def _batches(self) -> Iterator[Labelled]:
+        """Batches of crops, in a new order each epoch."""
+        (images, labels), plan = self.plan.learnt, self.plan
+        own: dict[str, Any] = {"generator": self.draws, "device": plan.device}
+        while True:
+            order = torch.randperm(len(labels), **own)
+            for index in order.split(plan.batch)[: plan.each]:
+                yield crop_and_flip(images[index], self.draws), labels[index]
+
+    def _save(self, best: dict[str, Tensor], curve: list[float]) -> None:
+        steps, folder = self.plan.epochs * self.plan.each, place(self.plan.work, self.row)
+        seconds = self.seconds if self.step_alone is None else steps * self.step_alone
+        facts = {
+            "row": self.row, "seed": self.plan.seed, "epochs": self.plan.epochs,
+            "levels": self.plan.levels, "width": self.plan.width,
+            "images": len(self.plan.learnt[1]), "batch": self.plan.batch,
+            "validation": curve, "steps": steps, "passes": round(self.passes, 2),
+            "seconds": round(seconds, 1), "hardware": _hardware(),
+        }  # fmt: skip
+        for name, state in (("best", best), ("last", self._state())):
+            on_host = {key: value.cpu() for key, value in state.items()}
+            save_weights(on_host, folder / f"{name}.safetensors")
+        (folder / "training.json").write_text(json.dumps(facts))
+
+
+def finished(device: torch.device) -> Callable[[], bool]:
+    """Whether the stream has done what it was given until now."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was begun on any stream."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def place(work: Path, row: str) -> Path:
@@ -121,70 +336,53 @@ def place(work: Path, row: str) -> Path:
     return work / row.replace(" ", "").replace("+", "-")
 
 
-def train(row: str, epochs: int, seed: int, flow: FrozenGlow, work: Path) -> None:
+def is_trained(work: Path, row: str) -> bool:
+    """Whether a training is done."""
+    return (place(work, row) / "training.json").is_file()
+
+
+def train_all(
+    rows: Sequence[str], plan: Plan, flow: FrozenGlow, at_once: int, until: float | None = None
+) -> None:
+    """The trainings that are not there yet, some side by side.
+
+    A GPU captures the steps of all of them before the first training begins.
+    """
+    todo = [row for row in rows if not is_trained(plan.work, row)]
+    synchronize(plan.device)
+    if plan.device.type != "cuda":
+        begin: list[Callable[[], Any]] = [partial(train, row, plan, flow) for row in todo]
+    else:
+        begin = [measured(Course(row, plan, flow)).train for row in todo]
+    side_by_side(begin, at_once, until=until)
+    synchronize(plan.device)
+
+
+def train(row: str, plan: Plan, flow: FrozenGlow) -> Generator[None, None, None]:
     """One training; the best and the last network, and the robust accuracy of every epoch."""
-    folder = place(work, row)
-    if (folder / "training.json").is_file():
-        return
-    images, labels = data(train=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held, learnt = order[:VALIDATION], order[VALIDATION:][:LEARNT]
-    torch.manual_seed(seed)
-    network = small_resnet().to(memory_format=torch.channels_last)
-    method = Method.of(row, network, flow)
-    optimizer = torch.optim.SGD(
-        network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    return Course(row, plan, flow).train()
+
+
+def measured(course: Course) -> Course:
+    """The course, when the time of its steps is known."""
+    synchronize(course.plan.device)  # its weights came there on another stream
+    alone(course.measure())
+    return course
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """The plan for CIFAR-10, its images where the training shall run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = cifar10(batches=options.batches)
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(labels), generator=generator)
+    held, learnt = (
+        (images[index].to(device), labels[index].to(device))
+        for index in (order[:VALIDATION], order[VALIDATION:][: options.learnt])
     )
-    fall = [epochs // 2, 3 * epochs // 4]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, fall)
-    curve: list[float] = []
-    best: dict[str, Tensor] = {}
-    begin, paused = time.process_time(), 0.0
-    for epoch in range(epochs):
-        network.train()
-        for index in learnt[torch.randperm(LEARNT)].split(BATCH)[: LEARNT // BATCH]:
-            method.step(network, crop_and_flip(images[index]), labels[index])
-            optimizer.step()
-            optimizer.zero_grad()
-        schedule.step()
-        since = time.process_time()
-        curve.append(withstood(network, images[held].float() / 255, labels[held]))
-        if curve[-1] == max(curve):
-            best = copy.deepcopy(network.state_dict())
-        paused += time.process_time() - since
-        print(f"{row}: epoch {epoch + 1} of {epochs}, validation under PGD-10 {curve[-1]:.1f}")
-    facts = {
-        "row": row, "seed": seed, "epochs": epochs, "validation": curve,
-        "seconds": round(time.process_time() - begin - paused, 1),
-    }  # fmt: skip
-    for name, state in (("best", best), ("last", network.state_dict())):
-        save_weights(state, folder / f"{name}.safetensors")
-    (folder / "training.json").write_text(json.dumps(facts))
-
-
-def withstood(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent that are right under PGD-10."""
-    attack = JointSpaceAdv(
-        network, eta=0, eps=EPS, steps=10, amp_dtype=torch.bfloat16,
-        memory_format=torch.channels_last, generator=0,
-    )  # fmt: skip
-    network.eval()
-    right = 0
-    for x, y in zip(images.split(250), labels.split(250), strict=True):
-        worse, _ = attack(x, y)
-        with torch.no_grad():
-            right += int((logits(network, worse).argmax(1) == y).sum())
-    return 100 * right / len(labels)
-
-
-def measure(folder: Path, name: str, count: int, flow: FrozenGlow) -> Report:
-    """What is left of the best or the last network on test images."""
-    network = small_resnet()
-    network.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    images, labels = (part[:count] for part in data(train=False))
-    return evaluate(
-        network, images, labels, threats=THREATS, flow=flow, corruptions=(),
-        folder=folder / f"{name}-{count}", progress=True, name=f"{folder.name}, {name}",
+    return Plan(
+        learnt, held, options.epochs, options.seed, options.work, options.batch, options.levels,
+        options.width,
     )  # fmt: skip
 
 
@@ -193,39 +391,56 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=5, help="sheets of training images")
+    parser.add_argument("--learnt", type=int, default=10_000, help="images to learn from")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
+    parser.add_argument("--levels", type=float, default=4, help="the budget, in 255ths")
+    parser.add_argument("--width", type=int, default=0, help="of a ResNet-18; 0: the ResNet-10")
+    parser.add_argument("--name", default="robustness-training", help="of the record")
     parser.add_argument("--images", type=int, default=500, help="of the test split")
     parser.add_argument("--work", type=Path, default=Path("runs/robust"))
     parser.add_argument("--evaluate", action="store_true", help="what is trained")
-    parser.add_argument("--record", action="store_true", help="and write it")
+    parser.add_argument("--processes", type=int, default=1, help="of the evaluation")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so many")
+    parser.add_argument("--record", action="store_true", help="write what is evaluated")
     options = parser.parse_args()
+    until = None if options.seconds is None else time.monotonic() + options.seconds
+    rows = options.only or ROWS
     torch.set_num_threads(1)
     keep_memory()
-    if not options.evaluate:
-        flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
-        for row in options.only or ROWS:
-            train(row, options.epochs, options.seed, flow, options.work)
-        return
-    reports = evaluated(options.only or ROWS, options.work, options.images)
+    if options.evaluate:
+        folders = [place(options.work, row) for row in rows if is_trained(options.work, row)]
+        todo = jobs(folders, options.images, progress=options.processes == 1)
+        attack_all(todo, options.processes, until)
+    elif not options.record:
+        plan = planned(options)
+        flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16).to(plan.device)
+        train_all(rows, plan, flow, len(ROWS) if plan.device.type == "cuda" else 1, until)
     if options.record:
-        trainings = {
-            row: json.loads((place(options.work, row) / "training.json").read_text())
-            for row in reports
-        }
-        facts = {"seed": options.seed, "images": options.images, "trainings": trainings}
-        print(record("robustness-training", facts | told(reports)))
+        print(record(options.name, recorded(rows, options.work, options.images)))
 
 
 Reports = dict[str, dict[str, Report]]
 
 
-def evaluated(rows: Sequence[str], work: Path, images: int) -> Reports:
-    """The best and the last network of each of these trainings that is done."""
-    flow = load_flow("cifar10-fast")
-    done = [row for row in rows if (place(work, row) / "training.json").is_file()]
-    return {
-        row: {name: measure(place(work, row), name, images, flow) for name in ("best", "last")}
-        for row in done
-    }
+def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
+    """The record of all rows that are trained and evaluated."""
+    found: Reports = {}
+    for row in rows:
+        known = reports(place(work, row), images) if is_trained(work, row) else None
+        if known is not None:
+            found[row] = known
+    trainings = {row: json.loads((place(work, row) / "training.json").read_text()) for row in found}
+    if not found:
+        raise SystemExit("there is no training whose evaluation is complete.")
+    seeds, machines = (
+        sorted({one[key] for one in trainings.values() if key in one})
+        for key in ("seed", "hardware")
+    )
+    facts: dict[str, Any] = {"seed": seeds[0], "images": images, "trainings": trainings}
+    if machines:
+        facts["hardware"] = " and ".join(machines)
+    return facts | told(found)
 
 
 def told(reports: Reports) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from ijsat_aug.evaluation.spaces import (
 )
 from ijsat_aug.evaluation.spaces.jpeg import _LUMA, dct_matrix
 from ijsat_aug.evaluation.spaces.l1 import unit_l1_ball
-from ijsat_aug.evaluation.spaces.weather import SnowBall
+from ijsat_aug.evaluation.spaces.weather import SnowBall, _fallen, _fallen_in_columns
 from tests.attack.test_costs import counted
 
 
@@ -561,3 +561,9 @@ def test_missing_weights_are_asked_for(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no way out
     with pytest.raises(FileNotFoundError, match=r"put https://.*pth into .*checkpoints"):
         lpips(torch.rand(1, 3, 32, 32), 0.5, 10, torch.rand)
+
+
+def test_snow_falls_on_a_gpu_as_on_a_cpu() -> None:
+    flakes, streaks = torch.rand(3, 7, 8, 9), torch.rand(3, 7, 13, 13)
+    one, two = (fall(flakes, streaks) for fall in (_fallen, _fallen_in_columns))
+    torch.testing.assert_close(one, two)

@@ -157,15 +157,28 @@ def _streaks(batch: int, uniform: Draw) -> Tensor:
 
 def _snow(values: Values, air: Tensor, streaks: Tensor, budget: float) -> Tensor:
     height, width = air.shape[2:]
-    flakes = values["flakes"] ** 4
-    # One group an image, so that the layers of each are added up.
-    fallen = F.conv_transpose2d(
-        flakes.flatten(0, 1)[None], streaks.flatten(0, 1)[:, None], stride=_CELL,
-        groups=len(flakes),
-    )[0, :, None]  # fmt: skip
+    fallen = _fallen(values["flakes"] ** 4, streaks)
     edge = (_STREAK - _CELL) // 2
     fallen = fallen[..., edge : edge + height, edge : edge + width]
     return air + budget * fallen
+
+
+def _fallen(flakes: Tensor, streaks: Tensor) -> Tensor:
+    """All layers of each image, every flake a streak: ``(B, 1, H, W)``."""
+    if flakes.is_cuda:
+        return _fallen_in_columns(flakes, streaks)
+    # One group an image, so that the layers of each are added up.
+    return F.conv_transpose2d(
+        flakes.flatten(0, 1)[None], streaks.flatten(0, 1)[:, None], stride=_CELL,
+        groups=len(flakes),
+    )[0, :, None]  # fmt: skip
+
+
+def _fallen_in_columns(flakes: Tensor, streaks: Tensor) -> Tensor:
+    """The same as a product of matrices: cuDNN is slow with as many groups as images."""
+    columns = streaks.flatten(2).transpose(1, 2) @ flakes.flatten(2)
+    height, width = (_CELL * (side - 1) + _STREAK for side in flakes.shape[2:])
+    return F.fold(columns, (height, width), _STREAK, stride=_CELL)
 
 
 def _grey(images: Tensor) -> Tensor:
