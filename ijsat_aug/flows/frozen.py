@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,10 +18,6 @@ from .glow import GlowConfig, from_unit, to_unit
 __all__ = ["FrozenGlow", "Memory", "Tape"]
 
 Memory = Literal["tape", "low"]
-
-# The name of full precision in newer versions of torch; the older ones know allow_tf32 alone.
-_CUDNN_FLAGS = inspect.signature(torch.backends.cudnn.flags).parameters
-_IEEE = {"fp32_precision": "ieee"} if "fp32_precision" in _CUDNN_FLAGS else {}
 
 
 @dataclass(frozen=True)
@@ -436,18 +431,28 @@ def _exactly(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _without_tf32() -> AbstractContextManager[None]:
-    """The flags of cuDNN as they are, but convolutions of float32 in float32."""
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in float32; every other flag as it is."""
     cudnn = torch.backends.cudnn
-    flags: Any = cudnn.flags
-    context: AbstractContextManager[None] = flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-        **_IEEE,
-    )
-    return context
+    conv: Any = getattr(cudnn, "conv", None)
+    if conv is None:  # torch < 2.9
+        flags: Any = cudnn.flags
+        with flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+        return
+    # Not by cudnn.flags: it raises where the user has set convolutions alone.
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 def _unshuffle(h: Tensor, times: int = 1) -> Tensor:

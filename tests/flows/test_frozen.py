@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ijsat_aug.flows.fold import freeze
@@ -397,24 +398,32 @@ def test_a_gradient_of_another_batch_is_refused() -> None:
         flow.vjp(tape, images(flow, 1))
 
 
-def test_tf32_is_off_inside_and_as_before_outside() -> None:
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_is_off_inside_and_as_before_outside(precision: str) -> None:
+    """Also where the user has set convolutions alone, which torch's own context refuses."""
     from ijsat_aug.flows.frozen import _without_tf32
 
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+    cudnn: Any = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("torch < 2.9 has no precision of convolutions alone")
+    before, rnn, benchmark = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision = precision
+    try:
         with _without_tf32():
-            assert not cudnn.allow_tf32
-            assert cudnn.benchmark
-            assert cudnn.enabled
-        assert cudnn.allow_tf32
+            assert cudnn.conv.fp32_precision == "ieee"
+            assert (cudnn.rnn.fp32_precision, cudnn.benchmark) == (rnn, benchmark)
+        assert cudnn.conv.fp32_precision == precision
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_is_exact_on_a_gpu_too(name: str) -> None:
-    """cuDNN's TF32 would round trip to 4e-3."""
+    """cuDNN's TF32 would round trip to 4e-3; on noise some flows do to 3e-4, on any device."""
     flow = pair(name, torch.float32)[1].to("cuda")
-    x = torch.rand(8, *flow.shape, device="cuda")
+    blobs = torch.rand(8, flow.shape[0], 4, 4, device="cuda")
+    x = F.interpolate(blobs, flow.shape[1:], mode="bilinear")
     assert (flow.decode(flow.encode(x)) - x).abs().max() <= 1e-5
     cpu = pair(name, torch.float32)[1]
     torch.testing.assert_close(flow.encode(x).cpu(), cpu.encode(x.cpu()), rtol=1e-4, atol=1e-3)
