@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("IJSAT_RESULTS") or Path(__file__).parent / "results")
 
 
 def keep_memory() -> None:
@@ -53,9 +53,16 @@ def resident(name: str) -> int:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 8
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 8,
+    repeats: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each round of each contender; the order is reversed every other round."""
+    """Seconds of a call of each contender in each round; the order is reversed every other round.
+
+    ``repeats`` calls in a row are timed together: a GPU that is asked for one call alone waits for
+    its first kernels.
+    """
     names = list(contenders)
     for _ in range(warmup):
         for name in names:
@@ -63,20 +70,22 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
-            seconds[name].append(_time(contenders[name]))
+            seconds[name].append(_time(contenders[name], repeats) / repeats)
     return seconds
 
 
-def _time(run: Callable[[], object]) -> float:
+def _time(run: Callable[[], object], repeats: int) -> float:
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(repeats):
+            run()
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1e3
     begin = time.perf_counter()
-    run()
+    for _ in range(repeats):
+        run()
     return time.perf_counter() - begin
 
 
@@ -104,28 +113,30 @@ def median_ms(seconds: list[float]) -> float:
 
 def environment() -> dict[str, Any]:
     """What a result depends on: command, commit, date, hardware and versions."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = [
-        *git,
-        "status",
-        "--porcelain",
-        "-uno",
-        "--",
-        ":/",
-        ":!/benchmarks/results",
-        ":!/docs",
-    ]
-    dirty = subprocess.run(changed, capture_output=True, text=True)
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     return {
         "command": shlex.join(["python", script.as_posix(), *sys.argv[1:]]),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": os.environ.get("IJSAT_COMMIT") or _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str:
+    """What git says; a copy of the tree without its history is told IJSAT_COMMIT instead."""
+    places = ("--", ":/", ":!/benchmarks/results", ":!/docs")
+    changes = _git("status", "--porcelain", "-uno", *places)
+    return _git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def _hardware() -> str:
@@ -150,7 +161,7 @@ def where() -> str:
 
 
 def record(name: str, result: Mapping[str, Any]) -> Path:
-    """Write ``benchmarks/results/<name>.json``."""
+    """Write ``<name>.json`` into ``benchmarks/results``, or where IJSAT_RESULTS says."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**environment(), **result}, indent=1) + "\n")

@@ -130,6 +130,37 @@ def step_table() -> str:
     return markdown(head, rows, note)
 
 
+def gpu_step_table() -> str:
+    """The same on a GPU; nothing where nobody has measured it."""
+    there = {n: title for n, title in _STEPS_ON_GPU.items() if (RESULTS / f"{n}.json").is_file()}
+    if not there:
+        return ""
+    results = {title: load(name) for name, title in there.items()}
+    head = ["", *(cell for title in results for cell in (f"time, {title}", "peak memory"))]
+    names = dict.fromkeys(name for result in results.values() for name in result["ratios"])
+    rows = [
+        [name, *(cell for r in results.values() for cell in _time_and_memory(r, name))]
+        for name in names
+        if name != "plain"
+    ]
+    told = "; ".join(
+        f"{title}: batch {r['batch']}{', channels-last' * r['channels_last']}, a plain step takes "
+        f"{r['ms']['plain']:.1f} ms"
+        for title, r in results.items()
+    )
+    last = next(reversed(results.values()))
+    note = f"{told}. Median [quartiles] of {last['rounds']} interleaved rounds. {machine(last)}."
+    return "On a GPU, step by step, without CUDA graphs:\n\n" + markdown(head, rows, note)
+
+
+_STEPS_ON_GPU = {
+    "speed-step-gpu": "float32",
+    "speed-step-bf16-gpu": "bf16",
+    "speed-step-224-gpu": "224 px",
+    "speed-step-224-bf16-gpu": "224 px, bf16",
+}
+
+
 def _time_and_memory(result: Mapping[str, Any], name: str) -> tuple[str, str]:
     if name not in result["ratios"]:
         return "", ""
@@ -310,6 +341,7 @@ TABLES = {
         "shapes": shapes_table,
         "speed": speed_table,
         "step": step_table,
+        "step-gpu": gpu_step_table,
         "strength": strength_table,
     },
     "docs/methods.md": {

@@ -2,15 +2,19 @@
 
 Run:  python benchmarks/speed/step.py                (fifteen minutes on two cores)
       python benchmarks/speed/step.py --large        (ten minutes)
+      python benchmarks/speed/step.py --bf16 --channels-last   (a GPU: less than a minute)
 
 One process, contenders interleaved, medians over rounds with quartiles: a CIFAR ResNet-18 at 32
 pixels with batch 128, SGD with momentum; forward, backward and optimiser step in float32, and what
 the augmentation does before. "p=0.5" is the mean of a step with and a step without the attack. Of a
 batch that is shown twice ("replay"), the time is that of the second step, attack and all. The
 peak memory of a step, weights and optimiser aside, is taken in a fresh process for each: resident
-memory on a CPU (Linux), what CUDA tells on a GPU.
+memory on a CPU (Linux). On a GPU CUDA tells it, in the same process, and each round times some
+steps in a row.
 
-``--large`` is a ResNet-50 at 224 pixels with batch 8, whose low band a flow of 32 pixels moves.
+``--large`` is a ResNet-50 at 224 pixels with batch 8, on a GPU 64, whose low band a flow of 32
+pixels moves. With ``--bf16`` the training step runs in autocast, as GPUs are used; an attack
+without "bf16" in its name stays in float32, on a GPU with TF32 convolutions, torch's default.
 """
 
 from __future__ import annotations
@@ -65,23 +69,30 @@ Augment = Callable[[Tensor, Tensor], Any]
 Step = Callable[[], object]
 
 
-def training_step(network: nn.Module, x: Tensor, y: Tensor, augment: Augment | None) -> Step:
+def training_step(
+    network: nn.Module, x: Tensor, y: Tensor, augment: Augment | None, bf16: bool = False
+) -> Step:
     """One step of an ordinary loop."""
-    return loop(network, lambda: [(x, y) if augment is None else augment(x, y)])
+    return loop(network, lambda: [(x, y) if augment is None else augment(x, y)], bf16)
 
 
-def replayed_steps(network: nn.Module, x: Tensor, y: Tensor, transform: BatchTransform) -> Step:
+def replayed_steps(
+    network: nn.Module, x: Tensor, y: Tensor, transform: BatchTransform, bf16: bool = False
+) -> Step:
     """Two steps of an ordinary loop on the same batch, first calm, then moved."""
-    return loop(network, lambda: replay(transform, (x, y), 2))
+    return loop(network, lambda: replay(transform, (x, y), 2), bf16)
 
 
-def loop(network: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Step:
+def loop(
+    network: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], bf16: bool
+) -> Step:
     """An ordinary loop over some batches."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
 
     def steps() -> None:
         for images, labels in batches():
-            loss = F.cross_entropy(network(images), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(network(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -109,11 +120,24 @@ class Setting:
     batch: int
     rows: tuple[str, ...] | None
     targets: dict[str, float]
+    bf16: bool = False
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def network(self, device: torch.device) -> nn.Module:
+        """In train mode."""
+        network = self.make().train().to(device)
+        return network.to(memory_format=self.memory_format)
 
     def batches(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and labels."""
         torch.manual_seed(0)
         x = torch.rand(self.batch, 3, self.pixels, self.pixels, device=device)
+        x = x.contiguous(memory_format=self.memory_format)
         return x, torch.randint(10, (self.batch,), device=device)
 
 
@@ -123,13 +147,14 @@ LARGE_ROWS = (
     "IJSAT, bf16", "IJSAT, bf16, fast flow", "IJSAT, replay, bf16",
 )  # fmt: skip
 LARGE = Setting("resnet50", partial(resnet50, num_classes=10), 224, 8, LARGE_ROWS, LARGE_TARGETS)
+LARGE_BATCH_ON_GPU = 64
 
 
 def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
     """The step with every augmentation."""
     x, y = setting.batches(device)
-    network = setting.make().train().to(x.device)
-    split = convert_split_batchnorm(setting.make()).train().to(x.device)
+    network = setting.network(x.device)
+    split = convert_split_batchnorm(setting.network(x.device))
     flow = load_flow("cifar10", device=x.device)
     low = load_flow("cifar10", device=x.device, compute_dtype=torch.bfloat16)
     fast = load_flow("cifar10-fast", device=x.device, compute_dtype=torch.bfloat16)
@@ -155,9 +180,10 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "IJSAT, exact": mixup(JointSpaceAdv(network, flow, method="exact")),
         "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
     }
-    runs = {name: training_step(network, x, y, a) for name, a in augmentations.items()}
+    low_step = setting.bf16
+    runs = {name: training_step(network, x, y, a, low_step) for name, a in augmentations.items()}
     appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
-    runs["IJSAT, appended, split BatchNorm"] = training_step(split, x, y, appended)
+    runs["IJSAT, appended, split BatchNorm"] = training_step(split, x, y, appended, low_step)
     replays = {
         "RobustMixup, replay": mixup(),
         "JointSpaceAdv, replay": JointSpaceAdv(None, flow),
@@ -167,9 +193,9 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "IJSAT, replay, bf16, fast flow": mixup(JointSpaceAdv(None, fast)),
     }
     for name, transform in replays.items():
-        runs[name] = replayed_steps(network, x, y, transform)
+        runs[name] = replayed_steps(network, x, y, transform, low_step)
     half = mixup(), mixup(p=0)
-    runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a) for a in half))
+    runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a, low_step) for a in half))
     return {name: run for name, run in runs.items() if name in (setting.rows or runs)}
 
 
@@ -191,6 +217,8 @@ def peak_memory_apart(name: str, setting: Setting) -> int:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch", str(setting.batch)]
     command += ["--large"] if setting.name == LARGE.name else []
+    command += ["--bf16"] if setting.bf16 else []
+    command += ["--channels-last"] if setting.channels_last else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -198,14 +226,18 @@ def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, An
     """Times and memory of every step, as multiples of the plain one."""
     keep_memory()
     runs = steps(setting, device)
-    seconds = interleave(runs, rounds, warmup=1)
+    on_gpu = device.type == "cuda"
+    seconds = interleave(runs, rounds, *((3, 3) if on_gpu else (1, 1)))
     for name in seconds:
         if "p=0.5" in name:
             seconds[name] = [s / 2 for s in seconds[name]]
         if "replay" in name:
             pairs = zip(seconds[name], seconds["plain"], strict=True)
             seconds[name] = [pair - plain for pair, plain in pairs]
-    bytes_ = {name: peak_memory_apart(name, setting) for name in runs}
+    bytes_ = {
+        name: peak_memory(run, device) if on_gpu else peak_memory_apart(name, setting)
+        for name, run in runs.items()
+    }
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},
         "ratios": {name: ratio(times, seconds["plain"]) for name, times in seconds.items()},
@@ -217,30 +249,39 @@ def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--large", action="store_true", help="a ResNet-50 at 224 pixels")
-    parser.add_argument("--batch", type=int, help="by default 128, large 8")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="by default 128, large 8, or 64 on a GPU")
+    parser.add_argument("--bf16", action="store_true", help="the training step in autocast")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--rounds", type=int, help="by default 7, on a GPU 15")
     parser.add_argument("--memory-of", help="print the peak memory of one step, in bytes")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = LARGE if options.large else SMALL
-    setting = replace(setting, batch=options.batch or setting.batch)
+    on_gpu = device.type == "cuda"
+    usual = LARGE_BATCH_ON_GPU if options.large and on_gpu else setting.batch
+    setting = replace(
+        setting, batch=options.batch or usual, bf16=options.bf16,
+        channels_last=options.channels_last,
+    )  # fmt: skip
+    rounds = options.rounds or (15 if on_gpu else 7)
     if options.memory_of is not None:
         setting = replace(setting, rows=(options.memory_of,))
         print(peak_memory(steps(setting, device)[options.memory_of], device))
         return
-    result = measure(setting, options.rounds, device)
+    result = measure(setting, rounds, device)
     for name, value in result["ratios"].items():
         judged = verdict(value["median"], setting.targets.get(name))
         memory = result["memory_ratios"][name]
         print(f"  {name:<40} {spread(value):<18} memory {memory:.2f} {judged}")
     if not options.no_record:
         payload = {"network": setting.name, "flow": "cifar10", "batch": setting.batch}
-        payload |= {"rounds": options.rounds, "seed": 0, "targets": setting.targets, **result}
+        payload |= {"rounds": rounds, "seed": 0, "targets": setting.targets, **result}
         payload["memory_target"] = MEMORY_TARGET
         payload["threads"] = torch.get_num_threads()
-        size = "-224" if options.large else ""
-        print(record(f"speed-step{size}-{where()}", payload))
+        payload |= {"bf16": setting.bf16, "channels_last": setting.channels_last}
+        kind = ("-224" if options.large else "") + ("-bf16" if setting.bf16 else "")
+        print(record(f"speed-step{kind}-{where()}", payload))
 
 
 if __name__ == "__main__":
