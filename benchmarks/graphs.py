@@ -8,6 +8,7 @@ On a CPU the same code runs step by step.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -73,6 +74,8 @@ def side_by_side(
 ) -> None:
     """Run generators, some at once, each on a stream of its own; each yields after some steps.
 
+    One that fails lets the others go on.
+
     Args:
         trainings: Make the generators, in the order in which they begin.
         at_once: How many run side by side.
@@ -80,6 +83,7 @@ def side_by_side(
     """
     waiting = deque(trainings)
     running: deque[tuple[Training, Any]] = deque()
+    failed = 0
     while waiting or running:
         while waiting and len(running) < at_once:
             running.append((waiting.popleft()(), new_stream()))
@@ -89,9 +93,15 @@ def side_by_side(
                 next(training)
             except StopIteration:
                 continue
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+                continue
         running.append((training, stream))
         if until is not None and time.monotonic() > until:
-            return
+            break
+    if failed:
+        raise RuntimeError(f"{failed} of the trainings failed; what they say stands above.")
 
 
 def alone(training: Training) -> Any:
@@ -116,3 +126,18 @@ def new_stream() -> Any:
 def on(stream: Any) -> AbstractContextManager[Any]:
     """Work on this stream."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was begun, on any stream."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def finished(device: torch.device) -> Callable[[], bool]:
+    """Whether the stream has done what it was given until now."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record()
+    return event.query

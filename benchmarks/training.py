@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +68,33 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 to [0, 1]; each image moved by up to 4 pixels over black, and mirrored or not.
+class Crops(NamedTuple):
+    """How images are moved and mirrored: ``(B, 1)`` each."""
 
-    Args:
-        images: ``(B, C, H, W)``, uint8.
-        generator: Of their device; by default the global one.
-    """
-    batch, _, height, width = images.shape
-    own: dict[str, Any] = {"generator": generator, "device": images.device}
-    row, column, which = (torch.arange(n, device=images.device) for n in (height, width, batch))
-    padded = F.pad(images, (4, 4, 4, 4))
-    down, right = torch.randint(9, (2, batch, 1), **own)
-    rows, columns = down + row, right + column
-    columns = torch.where(torch.rand(batch, 1, **own) < 0.5, columns, columns.flip(1))
-    which = which[:, None, None]
-    moved = padded[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    return moved.float() / 255
+    down: Tensor
+    right: Tensor
+    mirrored: Tensor
+
+    @classmethod
+    def draw(
+        cls, count: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Crops:
+        """By up to 4 pixels each way, and every other image mirrored; a generator of the device."""
+        own: dict[str, Any] = {"generator": generator, "device": device}
+        down, right = torch.randint(9, (2, count, 1), **own)
+        return cls(down, right, torch.rand(count, 1, **own) < 0.5)
+
+    def of(self, images: Tensor) -> Tensor:
+        """uint8 ``(B, C, H, W)`` to [0, 1]; what comes into sight is black."""
+        batch, _, height, width = images.shape
+        row, column, which = (torch.arange(n, device=images.device) for n in (height, width, batch))
+        rows, columns = self.down + row, self.right + column
+        columns = torch.where(self.mirrored, columns, columns.flip(1))
+        padded = F.pad(images, (4, 4, 4, 4))
+        moved = padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return moved.movedim(-1, 1).float() / 255
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Random :class:`Crops` of images; by default from the global generator."""
+    return Crops.draw(len(images), images.device, generator).of(images)

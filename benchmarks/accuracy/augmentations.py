@@ -31,12 +31,12 @@ class Augmentation:
     Attributes:
         transform: That of the :class:`~ijsat_aug.training.AugmentedLoader`.
         loading: Its options.
-        before: What the loader gets.
+        before: What becomes of batches on the host, before the loader gets them.
     """
 
     transform: Callable[[Any], Any]
     loading: dict[str, Any]
-    before: Callable[[Tensor, Tensor], Batch] = lambda images, labels: (images, labels)
+    before: Callable[[Tensor, Tensor], Batch] | None = None
 
 
 Make = Callable[[nn.Module, FrozenGlow], Augmentation]

@@ -46,9 +46,10 @@ from benchmarks.accuracy.study import (
     of,
     of_each,
     prepare,
+    right,
 )
 from benchmarks.accuracy.together import Course, run_all
-from benchmarks.graphs import alone
+from benchmarks.graphs import Training, alone, finished
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
@@ -107,12 +108,30 @@ class FineTuning(Study):
         return self.parts_of(run).tested
 
     def told(self, run: Run, trained: Trained) -> dict[str, Any]:
-        """With the accuracy before; the last weights are kept."""
+        """With the accuracy before; on a CPU, for ``--corruptions``, the last weights are kept."""
         device = next(trained.network.parameters()).device
         before = accuracy(self.start(run).to(device), self.tested(run))
         facts = {"before": before, **super().told(run, trained)}
+        if device.type == "cuda":
+            return facts
         save_weights(main_branch(trained.network), self.file(run, ".safetensors"))
         return facts
+
+    def also(self, run: Run, trained: Trained) -> Training:
+        """What the network makes of corrupted images."""
+        if run.setting == "transfer":
+            return {}
+        device = next(trained.network.parameters()).device
+        data = self.damaged(run.seed == TUNING, device)
+        counts = []
+        for one in data:
+            counts.append(right(trained.network, one))
+            yield
+        done = finished(device)
+        while not done():
+            yield
+        images = sum(len(labels) for _, labels in data)
+        return {"corruptions": round(100 * int(sum(counts)) / images, 2)}
 
     def parts_of(self, run: Run) -> Parts:
         """The images of a run."""
@@ -158,7 +177,7 @@ class FineTuning(Study):
         steps = epochs * (len(parts.before[1]) // self.batch)
         task = Task(parts.before, parts.validation, steps, 0.2, self.batch)
         torch.manual_seed(0)
-        course.begin(self.make(), 0)
+        course.begin(self.make(), task.learnt, 0)
         trained: Trained = alone(course.train(task))
         print("base", trained.facts, flush=True)
         return trained.network.state_dict()
@@ -170,7 +189,8 @@ class FineTuning(Study):
             result = json.loads(path.read_text())
             wanted = result["row"] in rows and result["setting"] != "transfer"
             if wanted and "corruptions" not in result and time.monotonic() < until:
-                network = self.make().to(device, memory_format=torch.channels_last)
+                network = self.make().to(device)
+                network = network.to(memory_format=torch.channels_last)
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
                 data = self.damaged(result["seed"] == TUNING, device)
                 result["corruptions"] = round(mean(accuracy(network, one) for one in data), 2)

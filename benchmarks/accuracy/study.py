@@ -25,6 +25,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
+from benchmarks.graphs import Training
 from benchmarks.training import crop_and_flip
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
@@ -72,7 +73,9 @@ def train(
         network.parameters(), task.peak, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     times = augmentation.loading.get("replay", 1)
-    batches = itertools.starmap(augmentation.before, endless(*task.learnt))
+    batches = endless(*task.learnt)
+    if augmentation.before is not None:
+        batches = itertools.starmap(augmentation.before, batches)
     part = Part(batches, max(1, task.steps // (PARTS * times)))
     parts = itertools.repeat(AugmentedLoader(part, augmentation.transform, **augmentation.loading))
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
@@ -140,20 +143,25 @@ class Part:
         return itertools.islice(self.batches, self.count)
 
 
-@torch.no_grad()
 def accuracy(network: nn.Module, data: Labelled) -> float:
     """Percent right."""
+    return 100 * int(right(network, data)) / len(data[1])
+
+
+@torch.no_grad()
+def right(network: nn.Module, data: Labelled) -> Tensor:
+    """How many are right, on the device of the network."""
     device = next(network.parameters()).device
-    data = (data[0].to(device), data[1].to(device))
     was = network.training
     network.eval()
-    right = torch.zeros((), dtype=torch.long, device=device)
-    with low_precision(data[0]):
-        for x, y in zip(*(part.split(500) for part in data), strict=True):
+    found = torch.zeros((), dtype=torch.long, device=device)
+    images, labels = (part.to(device).split(500) for part in data)
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        for x, y in zip(images, labels, strict=True):
             x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
-            right += (network(x).argmax(1) == y).sum()
+            found += (network(x).argmax(1) == y).sum()
     network.train(was)
-    return 100 * int(right) / len(data[1])
+    return found
 
 
 def low_precision(x: Tensor) -> torch.autocast:
@@ -233,6 +241,11 @@ class Study:
     def told(self, run: Run, trained: Trained) -> dict[str, Any]:
         """What a finished run says."""
         return both(trained, self.tested(run))
+
+    def also(self, run: Run, trained: Trained) -> Training:
+        """What a GPU tells of a finished run beside that, while others train."""
+        return {}
+        yield
 
     def train(self, run: Run) -> dict[str, Any]:
         """One training and its test."""

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
-import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +32,9 @@ from benchmarks.accuracy.study import (
     cycle,
     low_precision,
 )
-from benchmarks.graphs import Graphed, Training, alone, side_by_side
-from benchmarks.training import crop_and_flip
+from benchmarks.graphs import Graphed, Training, alone, finish, finished, side_by_side
+from benchmarks.training import Crops
+from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.transforms.batch import BatchTransform
 from ijsat_aug.transforms.randomness import Randomness
@@ -69,15 +66,19 @@ class Course:
             self.network.parameters(), self.rate, momentum=0.9, nesterov=True, weight_decay=5e-4,
             fused=True,
         )  # fmt: skip
-        self.plain, self.attacked = Graphed(self._plain), Graphed(self._attacked)
+        self.learnt: Labelled | None = None
         self.loss = torch.zeros((), device=device)
-        self.taken = 0
         # Of a step, with and without the attack.
         self.seconds = {False: 0.0, True: 0.0}
         self.passes = {False: 0.0, True: 0.0}
 
-    def begin(self, fresh: nn.Module, seed: int) -> None:
-        """The weights of a network, which is changed, and the random numbers of this seed."""
+    def begin(self, fresh: nn.Module, learnt: Labelled, seed: int) -> None:
+        """The weights of a network, which is changed, images, and random numbers of this seed."""
+        if self.learnt is None or self.learnt[0].shape != learnt[0].shape:
+            self.learnt = move(learnt, self.device)
+            self.steps = {kind: Graphed(partial(self._step, kind)) for kind in (False, True)}
+        for ours, new in zip(self.learnt, learnt, strict=True):
+            ours.copy_(new)  # in place: the captured steps read them there
         ROWS[self.row](fresh, self.flow)  # splits its BatchNorm where the row does
         self.network.load_state_dict(fresh.state_dict())
         for state in self.optimizer.state.values():
@@ -102,15 +103,18 @@ class Course:
     def train(self, task: Task) -> Training:
         """One training, which returns what it left; it yields now and then."""
         self.network.train()
-        learnt, validation = (move(part, self.device) for part in (task.learnt, task.validation))
-        batches = self._batches(learnt, task.batch)
+        validation = move(task.validation, self.device)
+        batches = self._batches(task.batch)
         best: tuple[float, dict[str, Tensor]] = (-1.0, {})
         for part in range(PARTS):
             for i in steps_of(part, task):
                 self.rate.fill_(task.peak * cycle(i / task.steps))
-                self.step(*next(batches), self.attacks(part))
+                self.step(next(batches), self.attacks(part))
                 if i % TURN == 0:
                     yield
+            done = finished(self.device)
+            while not done():  # the host has better to do than to wait
+                yield
             score = accuracy(self.network, validation)
             if score > best[0]:
                 best = (score, copy.deepcopy(self.network.state_dict()))
@@ -123,6 +127,8 @@ class Course:
 
     def attacks(self, part: int) -> bool:
         """Whether the attack runs in this part of a training."""
+        if not isinstance(self.augmentation.transform, BatchTransform):
+            return False
         first, last = self.augmentation.loading.get("epochs", (0, None))
         return bool(first <= part < (PARTS if last is None else last))
 
@@ -133,23 +139,24 @@ class Course:
 
     def time(self, task: Task) -> Training:
         """Measure what a step of each kind takes when nothing else runs."""
-        self.begin(copy.deepcopy(self.network), 0)
+        self.begin(copy.deepcopy(self.network), task.learnt, 0)
         self.network.train()
-        batches = self._batches(move(task.learnt, self.device), task.batch)
-        for attacks in (False, True):
+        batches = self._batches(task.batch)
+        for attacks in {self.attacks(part) for part in range(PARTS)}:
             for _ in range(6):
-                self.step(*next(batches), attacks)
+                self.step(next(batches), attacks)
             finish(self.device)
             began = time.perf_counter()
             for _ in range(TIMED):
-                self.step(*next(batches), attacks)
+                self.step(next(batches), attacks)
             finish(self.device)
             self.seconds[attacks] = (time.perf_counter() - began) / TIMED
         yield
 
-    def step(self, x: Tensor, y: Tensor, attacks: bool) -> None:
-        """One step of the optimiser on a batch of crops."""
+    def step(self, batch: Tensor, attacks: bool) -> None:
+        """One step of the optimiser on the images of these numbers."""
         transform = self.augmentation.transform
+        crops = Crops.draw(len(batch), self.device, self.draws)
         seen = 0
 
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -158,20 +165,26 @@ class Course:
 
         hook = self.network.register_forward_hook(count)
         with self._host_draws():
-            x, y = self.augmentation.before(x, y)
-            if not isinstance(transform, BatchTransform):
-                self.plain(x, y)
-            elif attacks:
-                y = transform.as_labels(x, y)
-                self.attacked(x, y, transform.draw(x, y))
-            else:
-                self.plain(*transform.calm(x, y))
+            before = self.augmentation.before
+            inputs: tuple[Tensor, ...] = (batch, *crops)
+            if before is not None:
+                inputs = before(*self._cropped(*inputs))
+            params = None
+            if isinstance(transform, BatchTransform):
+                params = transform.draw(*self._blank(len(batch)))
+            self.steps[attacks](inputs, params)
         hook.remove()
-        self.taken += 1
         if seen:  # a replay calls nothing
-            self.passes[attacks] = seen / len(x)
+            self.passes[attacks] = seen / len(batch)
 
-    def _plain(self, x: Tensor, y: Tensor) -> None:
+    def _step(self, attacks: bool, inputs: tuple[Tensor, ...], params: Any) -> None:
+        """What is captured: all that is random comes in."""
+        transform: Any = self.augmentation.transform
+        x, y = inputs if self.augmentation.before is not None else self._cropped(*inputs)
+        if attacks:
+            x, y, _ = transform.augment(x, y, params)
+        elif isinstance(transform, RobustMixup):  # blends without their attack
+            x, y = transform.replay(x, transform.as_labels(x, y), {**params, "attack": None})
         with low_precision(x):
             logits = self.network(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y)
@@ -180,21 +193,28 @@ class Course:
         self.optimizer.zero_grad()
         self.loss.copy_(loss.detach())
 
-    def _attacked(self, x: Tensor, y: Tensor, params: dict[str, Any]) -> None:
-        transform: Any = self.augmentation.transform
-        x, y, _ = transform.augment(x, y, params)
-        self._plain(x, y)
+    def _cropped(self, batch: Tensor, *crops: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.learnt is not None
+        images, labels = self.learnt
+        return Crops(*crops).of(images[batch]), labels[batch]
 
-    def _batches(self, learnt: Labelled, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of crops, in a new order each epoch; what is left of one opens the next."""
-        images, labels = learnt
+    def _blank(self, size: int) -> tuple[Tensor, Tensor]:
+        """Something of the shape of a batch."""
+        assert self.learnt is not None
+        images, labels = self.learnt
+        return torch.empty((size, *images.shape[1:]), device=self.device), labels[:size]
+
+    def _batches(self, size: int) -> Iterator[Tensor]:
+        """Numbers of images, in a new order each epoch; what is left of one opens the next."""
+        assert self.learnt is not None
+        count = len(self.learnt[1])
         order = torch.empty(0, dtype=torch.long, device=self.device)
         while True:
             while len(order) < size:
-                new = torch.randperm(len(images), generator=self.draws, device=self.device)
+                new = torch.randperm(count, generator=self.draws, device=self.device)
                 order = torch.cat([order, new])
-            index, order = order[:size], order[size:]
-            yield crop_and_flip(images[index], self.draws), labels[index]
+            batch, order = order[:size], order[size:]
+            yield batch
 
     @contextmanager
     def _host_draws(self) -> Iterator[None]:
@@ -241,58 +261,53 @@ def run_together(
         device: Where to train.
         until: The ``time.monotonic()`` at which the rest is left undone.
     """
-    first = study.planned("plain", settings[0], seeds[0])
-    task = study.task(first)
-    courses: dict[str, Course] = {}
-    kept = study.work / "seconds-of-a-step.txt"
-    with one_at_a_time():
-        for row in (*rows, *(AS_LONG[row][1] for row in rows if row in AS_LONG)):
-            if row not in courses:
-                who = AS_LONG.get(row, (row, ""))[0]
-                courses[row] = Course(who, study.start(first), study.flow, device)
-        measure(courses, task, kept)
-    trainings = [partial(_train, study, row, settings, seeds, courses) for row in rows]
-    began, before = time.perf_counter(), sum(course.taken for course in courses.values())
+    courses = courses_of(study, rows, settings[0], seeds[0], device)
+    trainings = [partial(train_row, study, row, settings, seeds, courses) for row in rows]
     side_by_side(trainings, len(trainings), until=until)
     finish(device)
-    steps, seconds = sum(c.taken for c in courses.values()) - before, time.perf_counter() - began
-    print(f"{steps} steps in {seconds:.1f} s", flush=True)
 
 
-def measure(courses: Mapping[str, Course], task: Task, kept: Path) -> None:
-    """Tell courses what their steps take, alone on the device; what a file keeps is not new."""
-    found: dict[str, dict[str, list[float]]] = {}
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-    for row, course in courses.items():
-        if row not in found:
-            alone(course.time(task))
-            found[row] = {
-                "seconds": [*course.seconds.values()],
-                "passes": [*course.passes.values()],
-            }
-            print(row, found[row], flush=True)
-        course.seconds = dict(zip((False, True), found[row]["seconds"], strict=True))
-        course.passes = dict(zip((False, True), found[row]["passes"], strict=True))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
+def courses_of(
+    study: Study,
+    rows: Sequence[str],
+    setting: str | int,
+    seed: int,
+    device: torch.device,
+    known: Mapping[str, Course] | None = None,
+) -> dict[str, Course]:
+    """A course for every row and for those that it is measured by, with the time of its steps.
+
+    Args:
+        study: As of :func:`run_together`.
+        rows: As there.
+        setting: Of the batches that are timed; all have batches of one size.
+        seed: Of these.
+        device: As there.
+        known: Courses whose steps are known to take as long.
+    """
+    run = study.planned("plain", setting, seed)
+    courses: dict[str, Course] = {}
+    for row in (*rows, *(AS_LONG[row][1] for row in rows if row in AS_LONG)):
+        if row in courses:
+            continue
+        who = AS_LONG.get(row, (row, ""))[0]
+        course = courses[row] = Course(who, study.start(run), study.flow, device)
+        if known is not None and row in known:
+            course.seconds, course.passes = known[row].seconds, known[row].passes
+        else:
+            alone(course.time(study.task(run)))
+            print(row, course.seconds, course.passes, flush=True)
+    return courses
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Where several studies are begun at once, each measures alone."""
-    with Path(tempfile.gettempdir(), "ijsat-measures.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _train(
+def train_row(
     study: Study,
     row: str,
     settings: Sequence[str | int],
     seeds: Sequence[int],
-    courses: dict[str, Course],
+    courses: Mapping[str, Course],
 ) -> Training:
+    """The runs of a row that are not there yet."""
     course = courses[row]
     for setting in settings:
         for seed in seeds:
@@ -305,9 +320,11 @@ def _train(
                 share = longer.cost(task, longer.seconds) / course.cost(task, course.seconds)
                 task = replace(task, steps=round(task.steps * share))
             own = course.with_flow(study.flow_of(run), study.start(run))
-            own.begin(study.start(run), seed)
+            own.begin(study.start(run), task.learnt, seed)
             trained = yield from own.train(task)
-            study.keep(run, study.told(run, trained))
+            facts = study.told(run, trained)
+            more = yield from study.also(run, trained)
+            study.keep(run, facts | more)
 
 
 def steps_of(part: int, task: Task) -> range:
@@ -319,9 +336,3 @@ def steps_of(part: int, task: Task) -> range:
 def move(data: Labelled, device: torch.device) -> Labelled:
     """Images and labels on the device."""
     return data[0].to(device), data[1].to(device)
-
-
-def finish(device: torch.device) -> None:
-    """Wait for what was begun."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

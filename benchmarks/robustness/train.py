@@ -25,7 +25,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.graphs import Graphed, alone, side_by_side
+from benchmarks.graphs import Graphed, Training, alone, finish, finished, side_by_side
 from benchmarks.harness import _hardware, keep_memory, record
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
@@ -214,7 +214,7 @@ class Course:
         self.method.seed(self.plan.seed + 2**20)  # not the numbers of the crops again
         self.network.train()
 
-    def train(self) -> Generator[None, None, None]:
+    def train(self) -> Training:
         """The training; yields after every step, and while a GPU has not finished an epoch."""
         self.begin()
         batches, plan = self._batches(), self.plan
@@ -238,18 +238,18 @@ class Course:
             print(f"{self.row}: {told}", flush=True)
         self._save(best, curve)
 
-    def measure(self) -> Generator[None, None, None]:
+    def measure(self) -> Training:
         """What a step takes when nothing else runs; a GPU has its graphs from then on."""
         self.begin()
         batches = self._batches()
         for _ in range(4):
             self.step(*next(batches))
             self.validate()
-        synchronize(self.plan.device)
+        finish(self.plan.device)
         began = time.perf_counter()
         for _ in range(TIMED):
             self.step(*next(batches))
-        synchronize(self.plan.device)
+        finish(self.plan.device)
         self.step_alone = (time.perf_counter() - began) / TIMED
         print(f"{self.row}: {1e3 * self.step_alone:.2f} ms a step, alone", flush=True)
         yield
@@ -316,21 +316,6 @@ class Course:
         (folder / "training.json").write_text(json.dumps(facts))
 
 
-def finished(device: torch.device) -> Callable[[], bool]:
-    """Whether the stream has done what it was given until now."""
-    if device.type != "cuda":
-        return lambda: True
-    event = torch.cuda.Event()
-    event.record()
-    return event.query
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what was begun on any stream."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def place(work: Path, row: str) -> Path:
     """The folder of a training."""
     return work / row.replace(" ", "").replace("+", "-")
@@ -348,24 +333,27 @@ def train_all(
 
     A GPU captures the steps of all of them before the first training begins.
     """
+    side_by_side(trainings(rows, plan, flow), at_once, until=until)
+    finish(plan.device)
+
+
+def trainings(rows: Sequence[str], plan: Plan, flow: FrozenGlow) -> list[Callable[[], Training]]:
+    """What begins each training that is not there yet; on a GPU its steps are captured."""
     todo = [row for row in rows if not is_trained(plan.work, row)]
-    synchronize(plan.device)
+    finish(plan.device)
     if plan.device.type != "cuda":
-        begin: list[Callable[[], Any]] = [partial(train, row, plan, flow) for row in todo]
-    else:
-        begin = [measured(Course(row, plan, flow)).train for row in todo]
-    side_by_side(begin, at_once, until=until)
-    synchronize(plan.device)
+        return [partial(train, row, plan, flow) for row in todo]
+    return [measured(Course(row, plan, flow)).train for row in todo]
 
 
-def train(row: str, plan: Plan, flow: FrozenGlow) -> Generator[None, None, None]:
+def train(row: str, plan: Plan, flow: FrozenGlow) -> Training:
     """One training; the best and the last network, and the robust accuracy of every epoch."""
     return Course(row, plan, flow).train()
 
 
 def measured(course: Course) -> Course:
     """The course, when the time of its steps is known."""
-    synchronize(course.plan.device)  # its weights came there on another stream
+    finish(course.plan.device)  # its weights came there on another stream
     alone(course.measure())
     return course
 
@@ -386,24 +374,29 @@ def planned(options: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    found.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
+    found.add_argument("--epochs", type=int, default=30)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--batches", type=int, default=5, help="sheets of training images")
+    found.add_argument("--learnt", type=int, default=10_000, help="images to learn from")
+    found.add_argument("--batch", type=int, default=BATCH, help="images a step")
+    found.add_argument("--levels", type=float, default=4, help="the budget, in 255ths")
+    found.add_argument("--width", type=int, default=0, help="of a ResNet-18; 0: the ResNet-10")
+    found.add_argument("--name", default="robustness-training", help="of the record")
+    found.add_argument("--images", type=int, default=500, help="of the test split")
+    found.add_argument("--work", type=Path, default=Path("runs/robust"))
+    found.add_argument("--evaluate", action="store_true", help="what is trained")
+    found.add_argument("--processes", type=int, default=1, help="of the evaluation")
+    found.add_argument("--seconds", type=float, help="begin nothing new after so many")
+    found.add_argument("--record", action="store_true", help="write what is evaluated")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=5, help="sheets of training images")
-    parser.add_argument("--learnt", type=int, default=10_000, help="images to learn from")
-    parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
-    parser.add_argument("--levels", type=float, default=4, help="the budget, in 255ths")
-    parser.add_argument("--width", type=int, default=0, help="of a ResNet-18; 0: the ResNet-10")
-    parser.add_argument("--name", default="robustness-training", help="of the record")
-    parser.add_argument("--images", type=int, default=500, help="of the test split")
-    parser.add_argument("--work", type=Path, default=Path("runs/robust"))
-    parser.add_argument("--evaluate", action="store_true", help="what is trained")
-    parser.add_argument("--processes", type=int, default=1, help="of the evaluation")
-    parser.add_argument("--seconds", type=float, help="begin nothing new after so many")
-    parser.add_argument("--record", action="store_true", help="write what is evaluated")
-    options = parser.parse_args()
+    options = parser().parse_args()
     until = None if options.seconds is None else time.monotonic() + options.seconds
     rows = options.only or ROWS
     torch.set_num_threads(1)

@@ -1,0 +1,232 @@
+"""The studies of accuracy and robustness on one GPU, all trainings side by side, in ten minutes.
+
+Run:  IJSAT_DATA=... python benchmarks/all_on_a_gpu.py --minutes 9
+
+What each is, their own scripts tell: ``accuracy/finetune.py`` with a ResNet-18 of full width,
+``accuracy/lowdata.py`` with 500 and 2,500 labels, ``robustness/train.py`` and its evaluation.
+First the plain networks that are trained on, and the time of every step when nothing else runs;
+then all at once, until the deadline; what is not finished then is left out. The fine-tuning against
+corruptions is chosen on the validation images of seed 100: the best there of those that lose no
+more than 0.3 points on clean images. It takes a core for each of five flows of labelled images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.accuracy import lowdata
+from benchmarks.accuracy.finetune import PEAKS, RIVALS, TUNING, FineTuning
+from benchmarks.accuracy.lowdata import LowData
+from benchmarks.accuracy.study import BATCH, Study, prepare
+from benchmarks.accuracy.together import courses_of, train_row
+from benchmarks.graphs import Training, finish, side_by_side
+from benchmarks.harness import record
+from benchmarks.robustness import train as robustness
+from ijsat_aug import load_flow
+from ijsat_aug.flows.frozen import FrozenGlow
+
+CANDIDATES = (
+    "joint step, half of each batch", "joint step of 1 level, split BatchNorm",
+    "joint step of 2 levels, split BatchNorm", "joint step of 4 levels, split BatchNorm",
+)  # fmt: skip
+LATENT, MIXED = "latent step, second half", "mixup + latent step, second half"
+LONG = "{}, for as long as {}"
+TRANSFER = (
+    "plain", "mixup", LATENT, MIXED, LONG.format("plain", MIXED), LONG.format("mixup", MIXED),
+)  # fmt: skip
+SHARED = (
+    "plain", "mixup", "CutMix", "latent noise", "OM", "pixel step", "JointSpaceAdv", "RobustMixup",
+    "IJSAT", MIXED, LONG.format("mixup", MIXED),
+)  # fmt: skip
+SPLIT = tuple(
+    f"{row}, split BatchNorm"
+    for row in ("OM", "pixel step", "JointSpaceAdv", "RobustMixup", "IJSAT")
+)
+MORE = (*SPLIT, LATENT, "CutMix + latent step, second half", LONG.format("mixup", "IJSAT"))
+SEEDS = tuple(range(5))
+Begin = Callable[[], Training]
+
+
+def later(ready: Callable[[], bool], then: Begin) -> Training:
+    """A training that waits for something."""
+    while not ready():
+        yield
+    yield from then()
+
+
+def is_there(study: Study, row: str, setting: str | int, seed: int) -> bool:
+    """Whether a run is finished."""
+    return study.file(study.planned(row, setting, seed)).is_file()
+
+
+def best_of(study: FineTuning, setting: str) -> str:
+    """The candidate that the images that validate choose."""
+    plain, *found = (study.run(row, setting, TUNING) for row in ("plain", *CANDIDATES))
+    cheap = [one for one in found if one["last"] >= plain["last"] - 0.3]
+    by = itemgetter("corruptions" if cheap else "last")
+    return str(max(cheap or found, key=by)["row"])
+
+
+def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -> list[Begin]:
+    """A little more training with all images, and with few of new classes."""
+    setting = "48000"
+    rows = ("plain", *CANDIDATES, LATENT, "mixup", LONG.format("plain", LATENT))
+    courses = courses_of(study, rows, setting, TUNING, device)
+    few = courses_of(study, TRANSFER, "transfer", 0, device, known=courses)
+
+    def of(row: str, *wanted: int) -> Begin:
+        return partial(train_row, study, row, [setting], wanted, courses)
+
+    def chosen() -> Training:
+        row = best_of(study, setting)
+        print("chosen:", row, flush=True)
+        yield from of(row, *seeds)()
+
+    def as_long() -> Training:
+        row = LONG.format("plain", best_of(study, setting))
+        known = courses | {row: courses["plain"]}
+        more = courses_of(study, [row], setting, TUNING, device, known=known)
+        yield from train_row(study, row, [setting], seeds, more)
+
+    def tuned() -> bool:
+        return all(is_there(study, row, setting, TUNING) for row in ("plain", *CANDIDATES))
+
+    return [
+        *(of(row, TUNING) for row in CANDIDATES), of("plain", TUNING, *seeds),
+        of(LATENT, TUNING, *seeds), partial(later, tuned, chosen), of("mixup", *seeds),
+        partial(later, tuned, as_long), of(LONG.format("plain", LATENT), *seeds),
+        *(partial(train_row, study, row, ["transfer"], SEEDS, few) for row in TRANSFER),
+    ]  # fmt: skip
+
+
+def few_labels(
+    work: Path, flow: FrozenGlow, device: torch.device
+) -> tuple[list[Begin], list[Begin]]:
+    """Trainings with 500 labels, and then with 2,500; at last with flows of these images."""
+    study = LowData("cifar10", work, flow, own_flow=False)
+    own = LowData("cifar10", work, flow, own_flow=True)
+    courses = courses_of(study, (*SHARED, *MORE), 500, 0, device)
+    more = courses_of(study, SHARED, 2500, 0, device, known=courses)
+    last = courses_of(own, [MIXED], 2500, 0, device, known=courses)
+
+    def flow_is_there(seed: int) -> bool:
+        return (own.work / f"flow-2500-{seed}" / "model.safetensors").is_file()
+
+    def with_own_flow(seed: int) -> Begin:
+        then = partial(train_row, own, MIXED, [2500], [seed], last)
+        return partial(later, partial(flow_is_there, seed), then)
+
+    first: list[Begin] = [
+        partial(train_row, study, row, [500], SEEDS, courses) for row in (*SHARED, *MORE)
+    ]
+    second: list[Begin] = [partial(train_row, study, row, [2500], SEEDS, more) for row in SHARED]
+    return first, [*map(with_own_flow, SEEDS), *second]
+
+
+def adversarial(
+    options: argparse.Namespace, flow: FrozenGlow, until: float
+) -> tuple[list[Begin], Begin]:
+    """Adversarial trainings, and their evaluation in processes of its own."""
+    work: Path = options.work / "robust"
+    defaults = robustness.parser().parse_args(["--work", str(work)])
+    plan = robustness.planned(defaults)
+    begin = robustness.trainings(robustness.ROWS, plan, flow.to(plan.device))
+
+    def evaluate() -> Training:
+        left = until - time.monotonic() - 40  # a threat that has begun is finished
+        command = [sys.executable, robustness.__file__, "--evaluate", "--work", str(work)]
+        command += ["--processes", str(options.processes), "--images", str(options.images)]
+        with (work / "evaluation.log").open("w") as log:
+            process = subprocess.Popen([*command, "--seconds", str(left)], stdout=log, stderr=log)
+        try:
+            while process.poll() is None:
+                yield
+        finally:
+            process.terminate()
+
+    def trained() -> bool:
+        return all(robustness.is_trained(work, row) for row in robustness.ROWS)
+
+    return begin, partial(later, trained, evaluate)
+
+
+def train_flow(work: Path, seed: int) -> None:
+    """The flow of the labelled images of a seed."""
+    torch.set_num_threads(1)
+    study = LowData("cifar10", work, load_flow("cifar10-fast"), own_flow=True)
+    study.flow_of(study.planned(MIXED, 2500, seed))
+
+
+def begin_flows(options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+    """The flows of labelled images, each on a core."""
+    alone = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--work", str(options.work), "--flow"]
+    return [subprocess.Popen([*command, str(seed)], env=alone) for seed in SEEDS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--width", type=int, default=64, help="of the ResNet-18")
+    parser.add_argument("--batch", type=int, default=256, help="of the fine-tunings")
+    parser.add_argument("--seeds", type=int, default=4, help="of the fine-tunings")
+    parser.add_argument("--images", type=int, default=1000, help="under attack")
+    parser.add_argument("--processes", type=int, default=3, help="that attack")
+    parser.add_argument("--flow", type=int, help="train that of this seed alone")
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes
+    if options.flow is not None:
+        train_flow(options.work / "lowdata", options.flow)
+        return
+    prepare()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flows = begin_flows(options)
+    flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
+    study = FineTuning(options.work / "finetune", flow, options.width, options.batch)
+    try:
+        run(options, study, flow, device, until)
+    finally:
+        for process in flows:
+            process.kill()
+    finish(device)
+    facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": options.batch}
+    for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
+        print(record(f"finetune-{name}-gpu", facts | study.result(seeds, (*RIVALS, LATENT))))
+    few = LowData("cifar10", options.work / "lowdata", flow, own_flow=False)
+    seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
+    facts = {"flow": seen, "batch": BATCH}
+    print(record("lowdata-cifar10-gpu", facts | few.result(SEEDS, lowdata.RIVALS)))
+
+
+def run(
+    options: argparse.Namespace,
+    study: FineTuning,
+    flow: FrozenGlow,
+    device: torch.device,
+    until: float,
+) -> None:
+    """Measure, and train until the deadline."""
+    seeds = range(options.seeds)
+    tuned = finetunings(study, device, seeds)
+    first, second = few_labels(options.work / "lowdata", flow, device)
+    robust, evaluation = adversarial(options, flow, until)
+    print(f"measured, {until - time.monotonic():.0f} s are left", flush=True)
+    now = [*robust, evaluation, *tuned, *first]
+    side_by_side([*now, *second], len(now), until=until)
+
+
+if __name__ == "__main__":
+    main()
