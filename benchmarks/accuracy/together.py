@@ -91,7 +91,7 @@ class Course:
             for part in transform.modules():
                 if isinstance(part, BatchTransform):
                     part.random = shared
-                    part._seen.add(self.device)  # a captured step cannot look at values
+                    part._seen.add(self.rate.device)  # a captured step cannot look at values
 
     def with_flow(self, flow: FrozenGlow, network: nn.Module) -> Course:
         """A course with another flow of the same shape, whose steps take as long; or this one."""
