@@ -12,11 +12,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+_AHEAD = 2  # turns of a training that a GPU has before it
 _WARM_UP = 3  # eager calls, in which libraries choose their kernels and optimisers their state
 
 
@@ -69,12 +71,39 @@ def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 Training = Generator[None, None, Any]
 
 
+@dataclass
+class _Lane:
+    """A training, its stream, and what of it the GPU has not done yet."""
+
+    training: Training
+    stream: Any
+    pending: deque[Callable[[], bool]] = field(default_factory=deque)
+
+    def may_go_on(self) -> bool:
+        """Whether the GPU has not more of it than it can keep up with."""
+        while self.pending and self.pending[0]():
+            self.pending.popleft()
+        return len(self.pending) < _AHEAD
+
+    def go_on(self) -> bool:
+        """Take a turn; False when there are no more."""
+        with on(self.stream):
+            try:
+                next(self.training)
+            except StopIteration:
+                return False
+            if self.stream is not None:
+                self.pending.append(finished(torch.device("cuda")))
+        return True
+
+
 def side_by_side(
     trainings: Iterable[Callable[[], Training]], at_once: int, *, until: float | None = None
 ) -> None:
     """Run generators, some at once, each on a stream of its own; each yields after some steps.
 
-    One that fails lets the others go on.
+    A GPU has some turns of each waiting and no more, so that it shares its time between them
+    however long their turns are. One that fails lets the others go on.
 
     Args:
         trainings: Make the generators, in the order in which they begin.
@@ -82,22 +111,22 @@ def side_by_side(
         until: The ``time.monotonic()`` at which the rest is left undone.
     """
     waiting = deque(trainings)
-    running: deque[tuple[Training, Any]] = deque()
+    running: list[_Lane] = []
     failed = 0
     while waiting or running:
         while waiting and len(running) < at_once:
-            running.append((waiting.popleft()(), new_stream()))
-        training, stream = running.popleft()
-        with on(stream):
+            running.append(_Lane(waiting.popleft()(), new_stream()))
+        ready = [lane for lane in running if lane.may_go_on()]
+        if not ready:
+            time.sleep(2e-4)
+        for lane in ready:
             try:
-                next(training)
-            except StopIteration:
-                continue
+                if not lane.go_on():
+                    running.remove(lane)
             except Exception:
                 traceback.print_exc()
+                running.remove(lane)
                 failed += 1
-                continue
-        running.append((training, stream))
         if until is not None and time.monotonic() > until:
             break
     if failed:

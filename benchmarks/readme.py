@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,31 +214,44 @@ def lowdata_table() -> str:
     return _study(result, ">labels", rivals)
 
 
+def augmentations_table() -> str:
+    """Accuracy with every augmentation and 500 labels, on a GPU."""
+    rivals = {"plain": "plain", "mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
+    return _study(load("lowdata-cifar10-gpu"), ">labels", rivals)
+
+
 def finetune_table() -> str:
     """Accuracy after a little more training, at equal steps and at equal time."""
     result = load("finetune-cifar10")
-    rivals = {
-        "plain": "plain", "plain for as long": "plain, for as long as {}",
-        "mixup for as long": "mixup, for as long as {}",
-    }  # fmt: skip
     before = next(one["before"] for one in result["runs"] if one["setting"] == "10000")
-    return _study(result, "task", rivals, f' ("10000": {before:.1f} before)')
+    return _study(result, "task", _RIVALS, f' ("10000": {before:.1f} before)')
 
 
-def corruptions_table() -> str:
+def finetune_gpu_table() -> str:
+    """The same with a ResNet-18 of full width."""
+    return _study(load("finetune-cifar10-gpu"), "task", _RIVALS)
+
+
+_RIVALS = {
+    "plain": "plain", "plain for as long": "plain, for as long as {}",
+    "mixup for as long": "mixup, for as long as {}",
+}  # fmt: skip
+
+
+def corruptions_table(name: str = "finetune-cifar10") -> str:
     """Accuracy on corrupted images after a little more training."""
-    result = load("finetune-cifar10")
+    result = load(name)
     head = ["task", "augmentation", "clean", "over plain", "corrupted", "over plain", ">seeds"]
     rows = []
     for title, table in result["table"].items():
-        for name, row in table.items():
+        for row_name, row in table.items():
             if "corruptions" in row:
                 over = [row.get(f"{what}over plain") for what in ("", "corruptions ")]
                 clean, corrupted = (_interval(gain, "+") for gain in over)
                 means = [_interval(row[what]) for what in ("accuracy", "corruptions")]
                 seeds = str(len(row["seeds"]))
-                rows.append([title, name, means[0], clean, means[1], corrupted, seeds])
-    return markdown(head, rows, _NOTE.format(told="", **result))
+                rows.append([title, row_name, means[0], clean, means[1], corrupted, seeds])
+    return markdown(head, rows, _note(result))
 
 
 def _study(
@@ -254,13 +268,18 @@ def _study(
             time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
             taken = [str(len(row["seeds"])), str(row["steps"]), time]
             rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
-    return markdown(head, rows, _NOTE.format(told=told, **result))
+    return markdown(head, rows, _note(result, told))
 
 
-_NOTE = (
-    "Test accuracy in % of the last epoch{told}, means with their 95 % intervals; differences are "
-    "paired by seed. {hardware}, one thread, {date}."
-)
+def _note(result: Mapping[str, Any], told: str = "") -> str:
+    on_gpu = "NVIDIA" in result["hardware"]
+    how = "each step a CUDA graph, its time that of the step alone" if on_gpu else "one thread"
+    chosen = "of the validation images that chose the setting" if result["seed"] == [100] else ""
+    return (
+        f"{'Accuracy' if chosen else 'Test accuracy'} in % {chosen or 'of the last epoch'}{told}, "
+        "means with their 95 % intervals; differences are paired by seed. "
+        f"{result['hardware']}, {how}, {result['date']}."
+    )
 
 
 def _interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
@@ -345,8 +364,12 @@ TABLES = {
         "strength": strength_table,
     },
     "docs/methods.md": {
+        "augmentations": augmentations_table,
         "corruptions": corruptions_table,
+        "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
+        "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
         "finetune": finetune_table,
+        "finetune-gpu": finetune_gpu_table,
         "training": training_tables,
     },
 }

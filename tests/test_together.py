@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks import graphs
 from benchmarks.accuracy import together
+from benchmarks.accuracy.finetune import TUNING, FineTuning
 from benchmarks.accuracy.study import Labelled, Run, Study, Task
 from benchmarks.accuracy.together import Course, run_together
+from benchmarks.all_on_a_gpu import CANDIDATES, best_of
 from benchmarks.graphs import Graphed, Training, alone, side_by_side
 from benchmarks.networks import small_resnet
 from ijsat_aug import load_flow
@@ -113,7 +118,71 @@ def test_generators_take_turns() -> None:
 
     made = [lambda n=n, t=t: training(n, t) for n, t in (("a", 3), ("b", 1), ("c", 2))]
     side_by_side(made, at_once=2)
-    assert seen == ["a", "b", "a", "a", "c", "c"] or seen == ["a", "b", "a", "c", "a", "c"]
+    assert seen == ["a", "b", "a", "a", "c", "c"]
+
+
+def test_a_training_that_fails_lets_the_others_go_on() -> None:
+    seen: list[str] = []
+
+    def failing() -> Training:
+        yield
+        raise ValueError("of its own")
+
+    def fine() -> Training:
+        for _ in range(3):
+            yield
+        seen.append("done")
+
+    with pytest.raises(RuntimeError, match="1 of the trainings failed"):
+        side_by_side([failing, fine], at_once=2)
+    assert seen == ["done"]
+
+
+def test_a_training_does_not_run_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that finishes a turn of each at a time, who has long turns has fewer of them."""
+    clock, seen = 0, {"short": 0, "long": 0}
+
+    def training(name: str, length: int) -> Training:
+        for _ in range(100):
+            seen[name] += 1
+            ends[name] = max(ends[name], clock) + length
+            current.append(name)
+            yield
+
+    def finished(device: torch.device) -> Callable[[], bool]:
+        end = ends[current[-1]]
+        return lambda: clock >= end
+
+    def tick(seconds: float) -> None:
+        nonlocal clock
+        clock += 1
+        if clock > 50:
+            raise TimeoutError
+
+    ends, current = {"short": 0, "long": 0}, [""]
+    monkeypatch.setattr(graphs, "new_stream", object)
+    monkeypatch.setattr(graphs, "on", lambda stream: nullcontext())
+    monkeypatch.setattr(graphs, "finished", finished)
+    monkeypatch.setattr("time.sleep", tick)
+    with pytest.raises(TimeoutError):
+        side_by_side([lambda: training("short", 1), lambda: training("long", 10)], at_once=2)
+    assert seen == {"short": 50 + 2, "long": 5 + 2}
+
+
+def test_the_best_fine_tuning_is_chosen_on_validation_images(tmp_path: Path) -> None:
+    study = FineTuning(tmp_path, load_flow("digits"))
+
+    def keep(found: dict[str, tuple[float, float]]) -> None:
+        for row, (clean, corrupted) in found.items():
+            run = study.planned(row, "48000", TUNING)
+            study.keep(run, {"last": clean, "corruptions": corrupted})
+
+    names = dict(zip("abcd", CANDIDATES, strict=True))
+    keep({"plain": (94.0, 70.0), names["a"]: (93.5, 79.0), names["b"]: (93.8, 76.0)})
+    keep({names["c"]: (95.0, 75.0), names["d"]: (93.0, 80.0)})
+    assert best_of(study, "48000") == names["b"]
+    keep({"plain": (96.0, 70.0)})  # all lose too much: the one that loses least
+    assert best_of(study, "48000") == names["c"]
 
 
 def test_a_graphed_function_is_called_on_a_cpu() -> None:
