@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -350,7 +350,7 @@ def _threats_note(result: Mapping[str, Any], against: str) -> str:
 
 _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn from"}
 
-TABLES = {
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "attack": attack_table,
         "flows": flows_table,
