@@ -16,57 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 _AHEAD = 2  # turns of a training that a GPU has before it
-_WARM_UP = 3  # eager calls, in which libraries choose their kernels and optimisers their state
-
-
-class Graphed:
-    """A function of tensors that returns nothing; on a GPU a CUDA graph, from the fourth call on.
-
-    All that is random has to be among its inputs: whatever it decides on the host is decided once.
-
-    Args:
-        run: Takes tensors, or mappings and tuples of tensors, always of the same shapes.
-    """
-
-    def __init__(self, run: Callable[..., None]) -> None:
-        self.run = run
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Any] = []
-
-    def __call__(self, *inputs: Any) -> None:
-        """Call the function, or replay what it did."""
-        self.calls += 1
-        leaves, tree = pytree.tree_flatten(inputs)
-        if self.calls <= _WARM_UP or not any(_on_gpu(leaf) for leaf in leaves):
-            self.run(*inputs)
-            return
-        if self.graph is None:
-            self.inputs = [leaf.clone() if _on_gpu(leaf) else leaf for leaf in leaves]
-            self.graph = _capture(lambda: self.run(*pytree.tree_unflatten(self.inputs, tree)))
-        for ours, leaf in zip(self.inputs, leaves, strict=True):
-            if _on_gpu(ours):
-                ours.copy_(leaf, non_blocking=True)
-        self.graph.replay()
-
-
-def _on_gpu(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_cuda
-
-
-def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """As ``torch.cuda.graph`` does, but without waiting for what other streams do."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    try:
-        run()
-    finally:
-        graph.capture_end()
-    return graph
-
 
 Training = Generator[None, None, Any]
 

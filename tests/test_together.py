@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import graphs
 from benchmarks.accuracy import together
@@ -19,7 +19,7 @@ from benchmarks.accuracy.finetune import TUNING, FineTuning
 from benchmarks.accuracy.study import Labelled, Run, Study, Task
 from benchmarks.accuracy.together import Course, run_together
 from benchmarks.all_on_a_gpu import CANDIDATES, best_of
-from benchmarks.graphs import Graphed, Training, alone, side_by_side
+from benchmarks.graphs import Training, alone, side_by_side
 from benchmarks.networks import small_resnet
 from ijsat_aug import load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -185,18 +185,6 @@ def test_the_best_fine_tuning_is_chosen_on_validation_images(tmp_path: Path) -> 
     assert best_of(study, "48000") == names["c"]
 
 
-def test_a_graphed_function_is_called_on_a_cpu() -> None:
-    total = torch.zeros(())
-
-    def add(x: Tensor, more: dict[str, Tensor]) -> None:
-        total.add_(x + more["y"])
-
-    graphed = Graphed(add)
-    for i in range(6):
-        graphed(torch.tensor(float(i)), {"y": torch.tensor(1.0)})
-    assert total == 21
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("row", ["mixup", "mixup + latent step, second half", "IJSAT"])
 def test_captured_trainings_learn_as_called_ones(
@@ -207,7 +195,7 @@ def test_captured_trainings_learn_as_called_ones(
     for called in (False, True):
         course = Course(row, study.start(run), study.flow, torch.device("cuda"))
         if called:
-            monkeypatch.setattr("benchmarks.graphs._WARM_UP", 100)
+            monkeypatch.setattr("ijsat_aug.training.captured._WARM_UP", 100)
         course.begin(study.start(run), study.task(run).learnt, 0)
         trained = alone(course.train(study.task(run)))
         found.append(trained.facts["loss"])

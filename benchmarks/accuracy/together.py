@@ -32,10 +32,11 @@ from benchmarks.accuracy.study import (
     cycle,
     low_precision,
 )
-from benchmarks.graphs import Graphed, Training, alone, finish, finished, side_by_side
+from benchmarks.graphs import Training, alone, finish, finished, side_by_side
 from benchmarks.training import Crops
 from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
+from ijsat_aug.training import CapturedStep
 from ijsat_aug.transforms.batch import BatchTransform
 from ijsat_aug.transforms.randomness import Randomness
 
@@ -76,7 +77,7 @@ class Course:
         """The weights of a network, which is changed, images, and random numbers of this seed."""
         if self.learnt is None or self.learnt[0].shape != learnt[0].shape:
             self.learnt = move(learnt, self.device)
-            self.steps = {kind: Graphed(partial(self._step, kind)) for kind in (False, True)}
+            self.steps = {kind: CapturedStep(partial(self._step, kind)) for kind in (False, True)}
         for ours, new in zip(self.learnt, learnt, strict=True):
             ours.copy_(new)  # in place: the captured steps read them there
         ROWS[self.row](fresh, self.flow)  # splits its BatchNorm where the row does

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.graphs import Graphed, Training, alone, finish, finished, side_by_side
+from benchmarks.graphs import Training, alone, finish, finished, side_by_side
 from benchmarks.harness import _hardware, keep_memory, record
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
@@ -49,7 +49,7 @@ from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
-from ijsat_aug.training import AdversarialWeightPerturbation, TRADESLoss
+from ijsat_aug.training import AdversarialWeightPerturbation, CapturedStep, TRADESLoss
 from ijsat_aug.transforms.randomness import Randomness
 
 STEPS = 7
@@ -199,7 +199,7 @@ class Course:
         self.held = [(x.float() / 255, y) for x, y in chunks]
         self.starts = [self.examiner.draw(x, y) for x, y in self.held]
         self.right = torch.zeros((), dtype=torch.long, device=plan.device)
-        self.training, self.judging = Graphed(self._train), Graphed(self._judge)
+        self.training, self.judging = CapturedStep(self._train), CapturedStep(self._judge)
         self.passes, self.seconds = 0.0, 0.0
         self.step_alone: float | None = None
         self.network.register_forward_hook(self._count)

@@ -2,12 +2,14 @@
 
 from .awp import AdversarialWeightPerturbation
 from .batchnorm import auxiliary_batchnorm, convert_split_batchnorm
+from .captured import CapturedStep
 from .loader import AugmentedLoader, collate
 from .losses import IATLoss, MARTLoss, TRADESLoss
 
 __all__ = [
     "AdversarialWeightPerturbation",
     "AugmentedLoader",
+    "CapturedStep",
     "IATLoss",
     "MARTLoss",
     "TRADESLoss",

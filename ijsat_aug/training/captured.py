@@ -1,0 +1,127 @@
+"""A training step as a CUDA graph: its kernels are launched at once, not one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["CapturedStep"]
+
+_WARM_UP = 3  # calls in which libraries choose their kernels and optimisers make their state
+
+
+class CapturedStep:
+    """A function of tensors that becomes a CUDA graph at its fourth call; on a CPU it is called.
+
+    A small network keeps a fast GPU waiting for launches, and a flow has many small kernels: there
+    a captured step is several times faster. A graph repeats what was done with other contents, so
+    that all that is random, and all that changes, has to come in as a tensor: the draws of a
+    transform by ``draw``, a learning rate that is scheduled as a tensor that ``fill_`` changes
+    (``SGD(..., lr=tensor, fused=True)``; Adam also needs ``capturable=True``). Inputs of other
+    shapes than those of the first call, such as a last, smaller batch, are passed to the function
+    itself.
+
+    Args:
+        step: Takes tensors, or tuples and mappings of tensors. It may not ask for values on the
+            host (``item``, ``if tensor:``), and leaves no gradients for the next call. What it
+            returns is overwritten by the next call.
+
+    Example:
+        >>> from ijsat_aug import JointSpaceAdv, RobustMixup
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> mix = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, "digits"))
+        >>> @CapturedStep
+        ... def step(x, y, params):
+        ...     x, y, _ = mix.augment(x, y, params)
+        ...     loss = torch.nn.functional.cross_entropy(net(x), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     return loss.detach()
+        >>> for x, y in [(torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1]))]:
+        ...     loss = step(x, y, mix.draw(x, y))
+        >>> bool(loss > 0)
+        True
+    """
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
+        self._kind: Any = None
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Any] = []
+        self._output: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the function, or repeat what it did with these inputs."""
+        leaves, tree = pytree.tree_flatten(inputs)
+        if not any(_on_gpu(leaf) for leaf in leaves):
+            return self.step(*inputs)
+        with self._aside():
+            kind = (tree, [_kind_of(leaf) for leaf in leaves])
+            if self._kind is None:
+                self._kind = kind
+            if kind != self._kind:
+                return self.step(*inputs)
+            self._calls += 1
+            if self._calls <= _WARM_UP:
+                return self.step(*inputs)
+            if self._graph is None:
+                self._inputs = [leaf.clone() if _on_gpu(leaf) else leaf for leaf in leaves]
+                self._graph = self._capture(tree)
+            for ours, leaf in zip(self._inputs, leaves, strict=True):
+                if _on_gpu(ours):
+                    ours.copy_(leaf, non_blocking=True)
+            self._graph.replay()
+            return self._output
+
+    def _capture(self, tree: Any) -> torch.cuda.CUDAGraph:
+        """As ``torch.cuda.graph`` does, but without waiting for what other streams do."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            self._output = self.step(*pytree.tree_unflatten(self._inputs, tree))
+        except Exception as error:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise RuntimeError(
+                "the step cannot be captured as a CUDA graph: it must not ask for values on the "
+                "host (item, if tensor:), copy from the CPU or draw on it; pass these in."
+            ) from error
+        graph.capture_end()
+        return graph
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a stream of its own, as a graph needs it; on the caller's where that is one."""
+        current = torch.cuda.current_stream()
+        if current != torch.cuda.default_stream():
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+def _on_gpu(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_cuda
+
+
+def _kind_of(leaf: Any) -> Any:
+    """What a graph cannot change: all of it but the contents of tensors on the GPU."""
+    if isinstance(leaf, Tensor) and not leaf.is_cuda:
+        raise ValueError(
+            "a captured step got a tensor on the CPU beside those on the GPU, and would keep its "
+            'contents for ever: move it first, as in x.to("cuda", non_blocking=True).'
+        )
+    return (leaf.shape, leaf.dtype, leaf.device) if _on_gpu(leaf) else leaf
