@@ -362,6 +362,18 @@ def test_a_step_never_waits_for_the_gpu(make: Callable[[nn.Module], BatchTransfo
     assert transform.last
 
 
+def test_a_calm_batch_never_waits_but_the_first_attack_is_looked_at() -> None:
+    mix = RobustMixup.preset("accuracy", colour_network().to(DEVICE), num_classes=10)
+    adv = JointSpaceAdv(colour_network().to(DEVICE), "cifar10-fast")
+    x, y = colour_batch()
+    for transform in (mix, adv):
+        transform.calm(x, y)
+        with no_sync():
+            transform.calm(x, y)
+    with pytest.raises(ValueError, match="knows the classes 0 to 9"):
+        adv(x, y + 10)
+
+
 def test_a_larger_image_never_waits_either() -> None:
     """Through the pyramid."""
     net = colour_network().to(DEVICE)

@@ -175,7 +175,9 @@ class BatchTransform(nn.Module):
         """
         check_place()
         check_images(images)
-        return images.detach(), self._admitted(images, labels)[1]
+        labels = self._admitted(images, labels)[1]
+        self._seen.add(images.device)
+        return images.detach(), labels
 
     def _admitted(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The batch after all checks: images without torchvision's type, labels as they leave."""

@@ -168,6 +168,7 @@ class JointSpaceAdv(BatchTransform):
         self.random_start = random_start
         self.choose = choose
         self._told = False
+        self._asked: set[torch.device] = set()  # where the model's logits were looked at
 
     @classmethod
     def preset(
@@ -202,6 +203,11 @@ class JointSpaceAdv(BatchTransform):
                 target=prediction)
         """
         return cls(model, flow, **{**find_preset(name), **options})
+
+    def bind(self, model: Model) -> JointSpaceAdv:
+        """Set the model, and return the transform."""
+        self._asked.clear()
+        return super().bind(model)
 
     @property
     def flow(self) -> Manifold | None:
@@ -263,8 +269,9 @@ class JointSpaceAdv(BatchTransform):
         outcome = climb(
             images, _other(target, params["other"]) if "other" in params else target,
             self.handle, flow, self.threat, self.scale,
-            careful=self.careful(images), **starts,
+            careful=self.careful(images) or images.device not in self._asked, **starts,
         )  # fmt: skip
+        self._asked.add(images.device)
         self.last = outcome.facts
         return outcome.images, labels
 
