@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,6 +57,7 @@ SPLIT = tuple(
 )
 MORE = (*SPLIT, LATENT, "CutMix + latent step, second half", LONG.format("mixup", "IJSAT"))
 SEEDS = tuple(range(5))
+STUDIES = ("robustness", "finetuning", "few labels")
 Begin = Callable[[], Training]
 
 
@@ -100,13 +102,13 @@ def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -
         more = courses_of(study, [row], setting, TUNING, device, known=known)
         yield from train_row(study, row, [setting], seeds, more)
 
-    def tuned() -> bool:
+    def has_tuned() -> bool:
         return all(is_there(study, row, setting, TUNING) for row in ("plain", *CANDIDATES))
 
     return [
         *(of(row, TUNING) for row in CANDIDATES), of("plain", TUNING, *seeds),
-        of(LATENT, TUNING, *seeds), partial(later, tuned, chosen), of("mixup", *seeds),
-        partial(later, tuned, as_long), of(LONG.format("plain", LATENT), *seeds),
+        of(LATENT, TUNING, *seeds), partial(later, has_tuned, chosen), of("mixup", *seeds),
+        partial(later, has_tuned, as_long), of(LONG.format("plain", LATENT), *seeds),
         *(partial(train_row, study, row, ["transfer"], SEEDS, few) for row in TRANSFER),
     ]  # fmt: skip
 
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="under attack")
     parser.add_argument("--processes", type=int, default=3, help="that attack")
     parser.add_argument("--flow", type=int, help="train that of this seed alone")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     if options.flow is not None:
@@ -193,39 +196,53 @@ def main() -> None:
         return
     prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flows = begin_flows(options)
     flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
-    study = FineTuning(options.work / "finetune", flow, options.width, options.batch)
+    flows = begin_flows(options) if "few labels" in options.studies else []
     try:
-        run(options, study, flow, device, until)
+        run(options, flow, device, until)
     finally:
         for process in flows:
             process.kill()
     finish(device)
-    facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": options.batch}
-    for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
-        print(record(f"finetune-{name}-gpu", facts | study.result(seeds, (*RIVALS, LATENT))))
-    few = LowData("cifar10", options.work / "lowdata", flow, own_flow=False)
-    seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
-    facts = {"flow": seen, "batch": BATCH}
-    print(record("lowdata-cifar10-gpu", facts | few.result(SEEDS, lowdata.RIVALS)))
+    for name, result in results(options, flow).items():
+        print(record(name, result))
 
 
-def run(
-    options: argparse.Namespace,
-    study: FineTuning,
-    flow: FrozenGlow,
-    device: torch.device,
-    until: float,
-) -> None:
+def run(options: argparse.Namespace, flow: FrozenGlow, device: torch.device, until: float) -> None:
     """Measure, and train until the deadline."""
-    seeds = range(options.seeds)
-    tuned = finetunings(study, device, seeds)
-    first, second = few_labels(options.work / "lowdata", flow, device)
-    robust, evaluation = adversarial(options, flow, until)
+    now: list[Begin] = []
+    then: list[Begin] = []
+    if "robustness" in options.studies:
+        trainings, evaluation = adversarial(options, flow, until)
+        now += [*trainings, evaluation]
+    if "finetuning" in options.studies:
+        now += finetunings(tuned(options, flow), device, range(options.seeds))
+    if "few labels" in options.studies:
+        first, then = few_labels(options.work / "lowdata", flow, device)
+        now += first
     print(f"measured, {until - time.monotonic():.0f} s are left", flush=True)
-    now = [*robust, evaluation, *tuned, *first]
-    side_by_side([*now, *second], len(now), until=until)
+    side_by_side([*now, *then], len(now), until=until)
+
+
+def tuned(options: argparse.Namespace, flow: FrozenGlow) -> FineTuning:
+    """The study of fine-tunings."""
+    return FineTuning(options.work / "finetune", flow, options.width, options.batch)
+
+
+def results(options: argparse.Namespace, flow: FrozenGlow) -> dict[str, dict[str, Any]]:
+    """What is finished of the accuracy studies; that of robustness records itself."""
+    found = {}
+    seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
+    if "finetuning" in options.studies:
+        facts = {"flow": seen["sha256"], "peaks": PEAKS, "batch": options.batch}
+        for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
+            result = tuned(options, flow).result(seeds, (*RIVALS, LATENT))
+            found[f"finetune-{name}-gpu"] = facts | result
+    if "few labels" in options.studies:
+        few = LowData("cifar10", options.work / "lowdata", flow, own_flow=False)
+        result = few.result(SEEDS, lowdata.RIVALS)
+        found["lowdata-cifar10-gpu"] = {"flow": seen, "batch": BATCH, **result}
+    return found
 
 
 if __name__ == "__main__":
