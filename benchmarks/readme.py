@@ -220,6 +220,12 @@ def augmentations_table() -> str:
     return _study(load("lowdata-cifar10-gpu"), ">labels", rivals)
 
 
+def fashion_table() -> str:
+    """Accuracy with 500 labels of Fashion-MNIST."""
+    rivals = {"mixup": "mixup", "CutMix": "CutMix", "mixup for as long": "mixup, for as long as {}"}
+    return _study(load("lowdata-fashion-mnist"), ">labels", rivals)
+
+
 def finetune_table() -> str:
     """Accuracy after a little more training, at equal steps and at equal time."""
     result = load("finetune-cifar10")
@@ -366,6 +372,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {
         "augmentations": augmentations_table,
         "corruptions": corruptions_table,
+        "fashion": fashion_table,
         "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
         "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
         "finetune": finetune_table,
