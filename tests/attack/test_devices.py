@@ -30,7 +30,8 @@ def test_everything_stays_on_the_device_of_the_batch(options, flow) -> None:
         network = small_network()
         x, y = torch.empty(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
     adv = JointSpaceAdv(network, flow, **options)
-    adv._seen.add(META)  # values cannot be looked at, as after the first batch on a GPU
+    for places in (adv._seen, adv._asked):
+        places.add(META)  # values cannot be looked at, as after the first batch on a GPU
     out, _ = adv(x, y)
     assert out.device == META
     assert all(value.device == META for value in adv.last.values())
