@@ -28,9 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.accuracy import lowdata
-from benchmarks.accuracy.finetune import PEAKS, RIVALS, TUNING, FineTuning
+from benchmarks.accuracy.finetune import RIVALS, TUNING, FineTuning
 from benchmarks.accuracy.lowdata import LowData
-from benchmarks.accuracy.study import BATCH, Study, prepare
+from benchmarks.accuracy.study import Study, prepare
 from benchmarks.accuracy.together import courses_of, train_row
 from benchmarks.graphs import Training, finish, side_by_side
 from benchmarks.harness import record
@@ -232,16 +232,14 @@ def tuned(options: argparse.Namespace, flow: FrozenGlow) -> FineTuning:
 def results(options: argparse.Namespace, flow: FrozenGlow) -> dict[str, dict[str, Any]]:
     """What is finished of the accuracy studies; that of robustness records itself."""
     found = {}
-    seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
     if "finetuning" in options.studies:
-        facts = {"flow": seen["sha256"], "peaks": PEAKS, "batch": options.batch}
+        study = tuned(options, flow)
         for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
-            result = tuned(options, flow).result(seeds, (*RIVALS, LATENT))
-            found[f"finetune-{name}-gpu"] = facts | result
+            result = study.result(seeds, (*RIVALS, LATENT))
+            found[f"finetune-{name}-gpu"] = study.facts | result
     if "few labels" in options.studies:
         few = LowData("cifar10", options.work / "lowdata", flow, own_flow=False)
-        result = few.result(SEEDS, lowdata.RIVALS)
-        found["lowdata-cifar10-gpu"] = {"flow": seen, "batch": BATCH, **result}
+        found["lowdata-cifar10-gpu"] = few.facts | few.result(SEEDS, lowdata.RIVALS)
     return found
 
 

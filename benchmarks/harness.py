@@ -118,7 +118,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", script.as_posix(), *sys.argv[1:]]),
         "commit": os.environ.get("IJSAT_COMMIT") or _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -139,7 +139,8 @@ def _git(*words: str) -> str:
         return ""
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The GPU, or the processor and how many of its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

@@ -96,6 +96,13 @@ class FineTuning(Study):
         self.base_epochs = {**BASE_EPOCHS, "48000": base_epochs}
         self.parts = cache(self._parts)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its record says of all runs."""
+        return {
+            "flow": self.flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": self.batch,
+        }  # fmt: skip
+
     def start(self, run: Run) -> nn.Module:
         """The network that is trained on."""
         return self.base(self.parts_of(run), run.seed)
@@ -257,8 +264,7 @@ def main() -> None:
         until = time.monotonic() + 60 * options.minutes
         study.corruptions(options.only or [*ROWS, *AS_LONG], until)
     elif options.record:
-        facts = {"flow": flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": options.batch}
-        print(record(options.record, facts | study.result(options.seeds, RIVALS)))
+        print(record(options.record, study.facts | study.result(options.seeds, RIVALS)))
     else:
         run_all(study, list(ROWS), options)
 

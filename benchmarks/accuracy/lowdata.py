@@ -21,6 +21,7 @@ import argparse
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,13 @@ class LowData(Study):
         super().__init__(work / data, "small_resnet", list(STEPS[data]), flow, suffix)
         self.data, self.own_flow = data, own_flow
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its record says of all runs."""
+        info = self.flow.info
+        seen = {"sha256": info["weights"]["sha256"], "data": info["data"]}
+        return {"flow": seen, "batch": BATCH}
+
     def start(self, run: Run) -> nn.Module:
         """New weights."""
         torch.manual_seed(run.seed)
@@ -116,10 +124,7 @@ def main() -> None:
     flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=torch.bfloat16)
     study = LowData(options.data, options.work, flow, options.own_flow)
     if options.record:
-        seen = {"sha256": flow.info["weights"]["sha256"], "data": flow.info["data"]}
-        facts = {"flow": seen, "batch": BATCH}
-        result = facts | study.result(options.seeds, RIVALS)
-        print(record(options.record, result))
+        print(record(options.record, study.facts | study.result(options.seeds, RIVALS)))
     else:
         run_all(study, list(ROWS), options)
 

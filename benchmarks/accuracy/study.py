@@ -156,7 +156,7 @@ def right(network: nn.Module, data: Labelled) -> Tensor:
     network.eval()
     found = torch.zeros((), dtype=torch.long, device=device)
     images, labels = (part.to(device).split(500) for part in data)
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+    with low_precision(found):
         for x, y in zip(images, labels, strict=True):
             x = (x.float() / 255).contiguous(memory_format=torch.channels_last)
             found += (network(x).argmax(1) == y).sum()
@@ -165,7 +165,7 @@ def right(network: nn.Module, data: Labelled) -> Tensor:
 
 
 def low_precision(x: Tensor) -> torch.autocast:
-    """Autocast to bfloat16 on the device of the images; a graph must not meet cached casts."""
+    """Autocast to bfloat16 on the device of a tensor; a graph must not meet cached casts."""
     return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=not x.is_cuda)
 
 

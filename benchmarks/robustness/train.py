@@ -39,7 +39,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
-from benchmarks.harness import _hardware, keep_memory, record
+from benchmarks.harness import hardware, keep_memory, record
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
@@ -308,7 +308,7 @@ class Course:
             "levels": self.plan.levels, "width": self.plan.width,
             "images": len(self.plan.learnt[1]), "batch": self.plan.batch,
             "validation": curve, "steps": steps, "passes": round(self.passes, 2),
-            "seconds": round(seconds, 1), "hardware": _hardware(),
+            "seconds": round(seconds, 1), "hardware": hardware(),
         }  # fmt: skip
         for name, state in (("best", best), ("last", self._state())):
             on_host = {key: value.cpu() for key, value in state.items()}
