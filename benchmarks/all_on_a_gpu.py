@@ -39,9 +39,10 @@ from ijsat_aug import load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
 
 CANDIDATES = (
-    "joint step, half of each batch", "joint step of 1 level, split BatchNorm",
-    "joint step of 2 levels, split BatchNorm", "joint step of 4 levels, split BatchNorm",
+    "joint step, half of each batch", "joint step, third of each batch",
+    "joint step, quarter of each batch",
 )  # fmt: skip
+SPLIT_JOINT = "joint step of 1 level, split BatchNorm"
 LATENT, MIXED = "latent step, second half", "mixup + latent step, second half"
 LONG = "{}, for as long as {}"
 TRANSFER = (
@@ -57,7 +58,7 @@ SPLIT = tuple(
 )
 MORE = (*SPLIT, LATENT, "CutMix + latent step, second half", LONG.format("mixup", "IJSAT"))
 SEEDS = tuple(range(5))
-STUDIES = ("robustness", "finetuning", "few labels")
+STUDIES = ("robustness", "finetuning", "transfer", "few labels")
 Begin = Callable[[], Training]
 
 
@@ -82,11 +83,10 @@ def best_of(study: FineTuning, setting: str) -> str:
 
 
 def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -> list[Begin]:
-    """A little more training with all images, and with few of new classes."""
+    """A little more training with all images."""
     setting = "48000"
-    rows = ("plain", *CANDIDATES, LATENT, "mixup", LONG.format("plain", LATENT))
+    rows = ("plain", *CANDIDATES, SPLIT_JOINT, LATENT, LONG.format("plain", LATENT))
     courses = courses_of(study, rows, setting, TUNING, device)
-    few = courses_of(study, TRANSFER, "transfer", 0, device, known=courses)
 
     def of(row: str, *wanted: int) -> Begin:
         return partial(train_row, study, row, [setting], wanted, courses)
@@ -96,21 +96,19 @@ def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -
         print("chosen:", row, flush=True)
         yield from of(row, *seeds)()
 
-    def as_long() -> Training:
-        row = LONG.format("plain", best_of(study, setting))
-        known = courses | {row: courses["plain"]}
-        more = courses_of(study, [row], setting, TUNING, device, known=known)
-        yield from train_row(study, row, [setting], seeds, more)
-
     def has_tuned() -> bool:
         return all(is_there(study, row, setting, TUNING) for row in ("plain", *CANDIDATES))
 
     return [
-        *(of(row, TUNING) for row in CANDIDATES), of("plain", TUNING, *seeds),
-        of(LATENT, TUNING, *seeds), partial(later, has_tuned, chosen), of("mixup", *seeds),
-        partial(later, has_tuned, as_long), of(LONG.format("plain", LATENT), *seeds),
-        *(partial(train_row, study, row, ["transfer"], SEEDS, few) for row in TRANSFER),
+        of("plain", TUNING, *seeds), *(of(row, TUNING) for row in CANDIDATES),
+        partial(later, has_tuned, chosen), *(of(row, *seeds) for row in rows[-3:]),
     ]  # fmt: skip
+
+
+def transfers(study: FineTuning, device: torch.device) -> list[Begin]:
+    """Few images of new classes."""
+    courses = courses_of(study, TRANSFER, "transfer", 0, device)
+    return [partial(train_row, study, row, ["transfer"], SEEDS, courses) for row in TRANSFER]
 
 
 def few_labels(
@@ -186,7 +184,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="of the fine-tunings")
     parser.add_argument("--seeds", type=int, default=4, help="of the fine-tunings")
     parser.add_argument("--images", type=int, default=1000, help="under attack")
-    parser.add_argument("--processes", type=int, default=3, help="that attack")
+    parser.add_argument("--processes", type=int, default=8, help="that attack")
     parser.add_argument("--flow", type=int, help="train that of this seed alone")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     options = parser.parse_args()
@@ -217,6 +215,8 @@ def run(options: argparse.Namespace, flow: FrozenGlow, device: torch.device, unt
         now += [*trainings, evaluation]
     if "finetuning" in options.studies:
         now += finetunings(tuned(options, flow), device, range(options.seeds))
+    if "transfer" in options.studies:
+        now += transfers(tuned(options, flow), device)
     if "few labels" in options.studies:
         first, then = few_labels(options.work / "lowdata", flow, device)
         now += first
@@ -232,7 +232,7 @@ def tuned(options: argparse.Namespace, flow: FrozenGlow) -> FineTuning:
 def results(options: argparse.Namespace, flow: FrozenGlow) -> dict[str, dict[str, Any]]:
     """What is finished of the accuracy studies; that of robustness records itself."""
     found = {}
-    if "finetuning" in options.studies:
+    if {"finetuning", "transfer"} & set(options.studies):
         study = tuned(options, flow)
         for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
             result = study.result(seeds, (*RIVALS, LATENT))

@@ -324,6 +324,9 @@ def training_tables() -> str:
     found = []
     for base, tables in result["tables"].items():
         head, rows = _threats(base, tables)
+        for threat, _, *cells in _threats(base, result["gentle"][base])[1]:
+            if threat.startswith("worst case of the unseen"):
+                rows.append([threat, "half of these budgets", *cells])
         for name in ("best", "last"):
             epochs = [f"{result['autoattack'][row][name]:.1f}" for row in tables]
             rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])

@@ -45,6 +45,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(withstand, "make_threat", in_place_of_autoattack)
     monkeypatch.setattr(withstand, "strongest", lambda levels: ("autoattack",))
     monkeypatch.setattr(withstand, "others", lambda levels: ("jsa=1/255@1", "fog@1"))
+    monkeypatch.setattr(withstand, "gentle", lambda levels: ("fog=0.01@1",))
     folders = [place(tmp_path, row) for row in PAIR]
     for folder, row in zip(folders, PAIR, strict=True):
         for name in ("last", "best"):
@@ -125,7 +126,7 @@ def test_what_says_most_is_attacked_first(trained: list[Path]) -> None:
     one, two = trained
     assert order == [
         (one, "last", 1), (two, "last", 1), (one, "last", 2), (two, "last", 2),
-        (one, "best", 1), (two, "best", 1),
+        (one, "gentle", 1), (two, "gentle", 1), (one, "best", 1), (two, "best", 1),
     ]  # fmt: skip
 
 
@@ -152,6 +153,8 @@ def test_only_what_is_complete_is_recorded(trained: list[Path], tmp_path: Path) 
     assert found["seed"] == 3
     titles = [line["threat"] for line in found["tables"]["PGD-AT"]["PGD-AT"]]
     assert titles[:4] == ["clean", "weak", "joint space (JSA)", "Fog"]
+    gentle = {line["threat"]: line["budget"] for line in found["gentle"]["PGD-AT"]["PGD-AT"]}
+    assert gentle["Fog"] == "0.01"
     attack_all(todo, 1, None)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*")}
     assert before.items() <= after.items()
@@ -174,6 +177,8 @@ def test_budgets_go_with_that_of_the_training(tmp_path: Path) -> None:
         assert joint == f"jsa={levels}/255"
         assert f"stadv={SPACES['stadv'].budget * usual:g}" in unseen
         assert withstand.wanted("best", tmp_path) == (auto,)
+        half = f"stadv={SPACES['stadv'].budget * usual / 2:g}"
+        assert half in withstand.wanted("gentle", tmp_path)
 
 
 @pytest.mark.parametrize("made", [small_resnet(10, 1), cifar_resnet18(width=8)])

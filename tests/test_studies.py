@@ -197,7 +197,10 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
         return Report({"images": 4}, {one.name: one for one in results})
 
     rows = {"PGD-AT": "1000", "PGD-AT + JSA": "1100", "TRADES + JSA": "1110"}
-    reports = {row: {"best": report("1111"), "last": report(r)} for row, r in rows.items()}
+    reports = {
+        row: {"best": report("1111"), "last": report(r), "gentle": report("1110")}
+        for row, r in rows.items()
+    }
     found = told(reports)
     assert found["autoattack"]["PGD-AT + JSA"] == {"best": 100, "last": 50}
     (_, attacked, _), (_, alone, _) = (
@@ -205,3 +208,4 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
     )
     assert attacked["change"].startswith("+25.0")
     assert alone["change"] == ""
+    assert found["gentle"]["PGD-AT"]["PGD-AT + JSA"][1]["accuracy"] == 75

@@ -10,9 +10,9 @@ steps, at 4/255 half as far as by default, which the validation images chose. "+
 and attacks the blends alike; TRADES compares the blend with the attacked one. 1,000 other training
 images under PGD-10 choose the best epoch. ``--evaluate`` measures the last network of each on test
 images: clean, PGD-50, AutoAttack, the joint space, and the unseen threats at half of their usual
-budgets, as 4/255 is half of 8/255; and the best network under AutoAttack. Options take a wider
-network, more images and another budget. ``--record`` writes what is there. Each training and each
-finished threat is a file of its own.
+budgets, as 4/255 is half of 8/255, and at a quarter; and the best network under AutoAttack. Options
+take a wider network, more images and another budget. ``--record`` writes what is there. Each
+training and each finished threat is a file of its own.
 
 On a GPU all trainings run side by side, their steps CUDA graphs. The "seconds" of a training are
 its steps times what one takes when nothing else runs, measured before; on a CPU they are those of
@@ -441,16 +441,17 @@ def told(reports: Reports) -> dict[str, Any]:
 
     The changes are those against the training of the same name without the joint space.
     """
-    tables: dict[str, Any] = {}
-    for row, found in reports.items():
+    found: dict[str, Any] = {"tables": {}, "gentle": {}, "autoattack": {}}
+    for row, ours in reports.items():
         base = row.removesuffix(" + JSA").removesuffix(" + IJSAT")
-        against = reports[base]["last"] if base in reports and base != row else None
-        tables.setdefault(base, {})[row] = numbers(found["last"], against)
-    epochs = {
-        row: {name: round(100 * one.accuracy("autoattack"), 2) for name, one in found.items()}
-        for row, found in reports.items()
-    }
-    return {"tables": tables, "autoattack": epochs}
+        theirs = reports[base] if base in reports and base != row else {}
+        for part, name in (("tables", "last"), ("gentle", "gentle")):
+            table = numbers(ours[name], theirs.get(name))
+            found[part].setdefault(base, {})[row] = table
+        found["autoattack"][row] = {
+            name: round(100 * ours[name].accuracy("autoattack"), 2) for name in ("last", "best")
+        }
+    return found
 
 
 if __name__ == "__main__":

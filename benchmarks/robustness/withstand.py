@@ -1,8 +1,9 @@
 """What adversarially trained networks withstand, in several processes and until a deadline.
 
 What says most comes first: AutoAttack on the last networks, then the other threats on them, then
-AutoAttack on the best. Every finished threat is a file of its own, so that nothing is lost with a
-process, and what is missing can be done later, also on other hardware.
+the unseen ones at half of these budgets, then AutoAttack on the best networks. Every finished
+threat is a file of its own, so that nothing is lost with a process, and what is missing can be done
+later, also on other hardware.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ijsat_aug.evaluation.threats import UNSEEN, Threat, make_threat
 from ijsat_aug.evaluation.victim import Found, Victim
 from ijsat_aug.flows.frozen import FrozenGlow
 
-NAMES = ("last", "best")
+NAMES = ("last", "gentle", "best")
 CLEAN = Entry("clean", "clean", "clean", "", 0, "")
 
 
@@ -43,8 +44,17 @@ def strongest(levels: float) -> tuple[str, ...]:
 
 def others(levels: float) -> tuple[str, ...]:
     """PGD, the joint space, and the unseen threats, whose usual budgets go with 8/255."""
-    unseen = (f"{name}={SPACES[name].budget * levels / 8:g}" for name in UNSEEN)
-    return (f"linf={levels:g}/255@50", f"jsa={levels:g}/255", *unseen)
+    return (f"linf={levels:g}/255@50", f"jsa={levels:g}/255", *unseen(levels / 8))
+
+
+def gentle(levels: float) -> tuple[str, ...]:
+    """The unseen threats at half of these budgets, as the whole ones leave next to nothing."""
+    return unseen(levels / 16)
+
+
+def unseen(share: float) -> tuple[str, ...]:
+    """The unseen threats at a share of their usual budgets."""
+    return tuple(f"{name}={SPACES[name].budget * share:g}" for name in UNSEEN)
 
 
 def levels_of(training: Path) -> float:
@@ -54,10 +64,11 @@ def levels_of(training: Path) -> float:
 
 
 def wanted(name: str, training: Path) -> tuple[str, ...]:
-    """The threats to the best or the last network, in the order of the table."""
+    """The threats of an evaluation, in the order of the table."""
     levels = levels_of(training)
     first, *rest = others(levels)
-    return (first, *strongest(levels), *rest) if name == "last" else strongest(levels)
+    last = (first, *strongest(levels), *rest)
+    return {"last": last, "gentle": gentle(levels), "best": strongest(levels)}[name]
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Job:
 
     Attributes:
         training: Folder of the training.
-        name: ``"best"`` or ``"last"``.
+        name: ``"last"`` or ``"best"``, the network; ``"gentle"`` is the last one.
         threats: As :func:`ijsat_aug.evaluation.evaluate` takes them.
         count: Of the test images.
         progress: Whether to show bars.
@@ -85,12 +96,13 @@ class Job:
 
     def network(self) -> nn.Module:
         """The network, on the CPU."""
-        return like_weights(load_file(self.training / f"{self.name}.safetensors"))
+        name = "best" if self.name == "best" else "last"
+        return like_weights(load_file(self.training / f"{name}.safetensors"))
 
 
 def jobs(trainings: Sequence[Path], count: int, progress: bool = True) -> list[Job]:
     """All that there is to do, what says most first."""
-    order = (("last", strongest), ("last", others), ("best", strongest))
+    order = (("last", strongest), ("last", others), ("gentle", gentle), ("best", strongest))
     return [
         Job(training, name, threats(levels_of(training)), count, progress)
         for name, threats in order
@@ -181,7 +193,7 @@ def kept(job: Job, names: Sequence[str]) -> Report | None:
 
 
 def reports(training: Path, count: int) -> dict[str, Report] | None:
-    """What the last and the best network of a training withstand; None until all is known."""
+    """What the networks of a training withstand in each evaluation; None until all is known."""
     found = {name: kept(Job(training, name, (), count), wanted(name, training)) for name in NAMES}
     known = {name: report for name, report in found.items() if report is not None}
     return known if len(known) == len(found) else None
