@@ -57,7 +57,7 @@ def evaluate(
     """What is left of a model's accuracy under attacks, unseen threats and corruptions.
 
     An attack is shown what the model gets right; the others count as lost. The model is frozen, in
-    eval mode and in full precision, and afterwards as it was.
+    eval mode and without autocast, and afterwards as it was.
 
     Args:
         model: Classifier; where it is, the evaluation runs.

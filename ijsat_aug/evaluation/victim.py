@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 class Victim:
-    """A model on pixels in [0, 1]: in eval mode, in full precision, frozen, and as it was later.
+    """A model on pixels in [0, 1]: in eval mode, without autocast, frozen, and as it was later.
 
     Args:
         model: A module, or any callable from images to logits.
