@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="of the fine-tunings")
     parser.add_argument("--seeds", type=int, default=4, help="of the fine-tunings")
     parser.add_argument("--images", type=int, default=1000, help="under attack")
-    parser.add_argument("--processes", type=int, default=8, help="that attack")
+    parser.add_argument("--processes", type=int, default=3, help="that attack")
     parser.add_argument("--flow", type=int, help="train that of this seed alone")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     options = parser.parse_args()

@@ -145,7 +145,8 @@ def test_after_the_deadline_no_threat_begins(
 
 def test_only_what_is_complete_is_recorded(trained: list[Path], tmp_path: Path) -> None:
     todo = jobs(trained, 12, progress=False)
-    attack_all(todo[:-1], 1, None)
+    *last, gentle, gentle_of_two, best, best_of_two = todo
+    attack_all([*last, gentle, best_of_two], 1, None)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*")}
     found = recorded(PAIR, tmp_path, 12)
     assert list(found["trainings"]) == list(found["autoattack"]) == [PAIR[0]]
@@ -153,8 +154,12 @@ def test_only_what_is_complete_is_recorded(trained: list[Path], tmp_path: Path) 
     assert found["seed"] == 3
     titles = [line["threat"] for line in found["tables"]["PGD-AT"]["PGD-AT"]]
     assert titles[:4] == ["clean", "weak", "joint space (JSA)", "Fog"]
-    gentle = {line["threat"]: line["budget"] for line in found["gentle"]["PGD-AT"]["PGD-AT"]}
-    assert gentle["Fog"] == "0.01"
+    budgets = {line["threat"]: line["budget"] for line in found["gentle"]["PGD-AT"]["PGD-AT"]}
+    assert budgets["Fog"] == "0.01"
+    assert list(found["autoattack"]["PGD-AT"]) == ["last"]
+    attack_all([gentle_of_two, best], 1, None)
+    both = recorded(PAIR, tmp_path, 12)["autoattack"]
+    assert list(both["PGD-AT"]) == list(both["TRADES + AWP + IJSAT"]) == ["last", "best"]
     attack_all(todo, 1, None)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*")}
     assert before.items() <= after.items()

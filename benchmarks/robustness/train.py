@@ -417,12 +417,9 @@ Reports = dict[str, dict[str, Report]]
 
 
 def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
-    """The record of all rows that are trained and evaluated."""
-    found: Reports = {}
-    for row in rows:
-        known = reports(place(work, row), images) if is_trained(work, row) else None
-        if known is not None:
-            found[row] = known
+    """The record of all rows whose last network is evaluated."""
+    known = {row: reports(place(work, row), images) for row in rows if is_trained(work, row)}
+    found = {row: one for row, one in known.items() if {"last", "gentle"} <= one.keys()}
     trainings = {row: json.loads((place(work, row) / "training.json").read_text()) for row in found}
     if not found:
         raise SystemExit("there is no training whose evaluation is complete.")
@@ -449,7 +446,9 @@ def told(reports: Reports) -> dict[str, Any]:
             table = numbers(ours[name], theirs.get(name))
             found[part].setdefault(base, {})[row] = table
         found["autoattack"][row] = {
-            name: round(100 * ours[name].accuracy("autoattack"), 2) for name in ("last", "best")
+            name: round(100 * ours[name].accuracy("autoattack"), 2)
+            for name in ("last", "best")
+            if name in ours
         }
     return found
 

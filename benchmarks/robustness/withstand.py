@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.harness import keep_memory
 from benchmarks.networks import like_weights
 from benchmarks.real_data import cifar10
 from ijsat_aug import load_flow
@@ -123,13 +124,19 @@ def attack_all(todo: Sequence[Job], processes: int, until: float | None) -> None
             attack(job, until)
         return
     work = partial(attack, until=until)
-    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), one_thread) as pool:
         running = [pool.submit(work, job) for job in todo]
         errors = [error for one in running if (error := one.exception()) is not None]
     for error in errors:
         print(f"failed: {error!r}", flush=True)
     if errors:
         raise errors[0]
+
+
+def one_thread() -> None:
+    """What each of several processes begins with."""
+    torch.set_num_threads(1)
+    keep_memory()
 
 
 def attack(job: Job, until: float | None) -> None:
@@ -139,6 +146,7 @@ def attack(job: Job, until: float | None) -> None:
         return
     gpu = torch.cuda.is_available()
     network = job.network().to("cuda" if gpu else "cpu")
+    network.to(memory_format=torch.channels_last)
     threats = [timed(make_threat(name, flow, images.shape[1:]), until) for name in job.threats]
     title, began = f"{job.training.name}, {job.name}", time.monotonic()
     try:
@@ -192,8 +200,7 @@ def kept(job: Job, names: Sequence[str]) -> Report | None:
     return Report(settings, found) if len(found) == len(results) else None
 
 
-def reports(training: Path, count: int) -> dict[str, Report] | None:
-    """What the networks of a training withstand in each evaluation; None until all is known."""
+def reports(training: Path, count: int) -> dict[str, Report]:
+    """What the networks of a training withstand, in each evaluation of which all is known."""
     found = {name: kept(Job(training, name, (), count), wanted(name, training)) for name in NAMES}
-    known = {name: report for name, report in found.items() if report is not None}
-    return known if len(known) == len(found) else None
+    return {name: report for name, report in found.items() if report is not None}
