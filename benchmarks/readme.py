@@ -228,14 +228,19 @@ def fashion_table() -> str:
 
 def finetune_table() -> str:
     """Accuracy after a little more training, at equal steps and at equal time."""
-    result = load("finetune-cifar10")
-    before = next(one["before"] for one in result["runs"] if one["setting"] == "10000")
-    return _study(result, "task", _RIVALS, f' ("10000": {before:.1f} before)')
+    return _finetunings("finetune-cifar10", "10000")
 
 
 def finetune_gpu_table() -> str:
     """The same with a ResNet-18 of full width."""
-    return _study(load("finetune-cifar10-gpu"), "task", _RIVALS)
+    return _finetunings("finetune-cifar10-gpu", "48000")
+
+
+def _finetunings(name: str, task: str) -> str:
+    """With the accuracy before one of the tasks."""
+    result = load(name)
+    before = next(one["before"] for one in result["runs"] if one["setting"] == task)
+    return _study(result, "task", _RIVALS, f' ("{task}": {before:.1f} before)')
 
 
 _RIVALS = {
@@ -328,7 +333,8 @@ def training_tables() -> str:
             if threat.startswith("worst case of the unseen"):
                 rows.append([threat, "half of these budgets", *cells])
         for name in ("best", "last"):
-            epochs = [f"{result['autoattack'][row][name]:.1f}" for row in tables]
+            left = [result["autoattack"][row].get(name) for row in tables]
+            epochs = ["" if one is None else f"{one:.1f}" for one in left]
             rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])
         taken = [result["trainings"][row]["seconds"] for row in tables]
         rows.append(["time of the training", "", *(f"{one / taken[0]:.2f}" for one in taken)])
@@ -378,6 +384,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "fashion": fashion_table,
         "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
         "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
+        "corruptions-tuning-split": partial(corruptions_table, "finetune-tuning-split-gpu"),
         "finetune": finetune_table,
         "finetune-gpu": finetune_gpu_table,
         "training": training_tables,

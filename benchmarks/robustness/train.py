@@ -423,13 +423,13 @@ def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
     trainings = {row: json.loads((place(work, row) / "training.json").read_text()) for row in found}
     if not found:
         raise SystemExit("there is no training whose evaluation is complete.")
-    seeds, machines = (
-        sorted({one[key] for one in trainings.values() if key in one})
-        for key in ("seed", "hardware")
-    )
-    facts: dict[str, Any] = {"seed": seeds[0], "images": images, "trainings": trainings}
-    if machines:
-        facts["hardware"] = " and ".join(machines)
+    seeds, machines = ({one[key] for one in trainings.values()} for key in ("seed", "hardware"))
+    if len(seeds) > 1:
+        raise SystemExit(f"the trainings have the seeds {sorted(seeds)}: one record takes one.")
+    where = hardware()
+    if machines != {where}:
+        where = f"trained on {' and '.join(sorted(machines))}, evaluated on {where}"
+    facts = {"hardware": where, "seed": seeds.pop(), "images": images, "trainings": trainings}
     return facts | told(found)
 
 
