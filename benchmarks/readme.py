@@ -329,7 +329,7 @@ def training_tables() -> str:
     found = []
     for base, tables in result["tables"].items():
         head, rows = _threats(base, tables)
-        for threat, _, *cells in _threats(base, result.get("gentle", {}).get(base, {}))[1]:
+        for threat, _, *cells in _threats(base, result["gentle"][base])[1]:
             if threat.startswith("worst case of the unseen"):
                 rows.append([threat, "half of these budgets", *cells])
         for name in ("best", "last"):

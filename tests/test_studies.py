@@ -28,7 +28,7 @@ from benchmarks.accuracy.study import (
 )
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.robustness.train import ROWS as TRAININGS
-from benchmarks.robustness.train import Method, told
+from benchmarks.robustness.train import Method, table, told
 from benchmarks.training import save_weights
 from ijsat_aug import JointSpaceAdv, load_flow
 from ijsat_aug.evaluation import Report
@@ -186,6 +186,23 @@ def test_an_adversarial_training_takes_a_step(row: str) -> None:
     assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
     assert method.attack.threat.moves_latent == row.endswith(("JSA", "IJSAT"))
+
+
+def test_the_worst_case_is_told_without_the_threat_that_decides_it_too() -> None:
+    right = {"clean": "1111", "fog": "1110", "jpeg_l1": "1000", "snow": "1101"}
+
+    def report(right: dict[str, str]) -> Report:
+        kinds = {name: "clean" if name == "clean" else "unseen" for name in right}
+        results = {name: Result(name, name, kinds[name], "", 0, "", r) for name, r in right.items()}
+        return Report({"images": 4}, results)
+
+    rows = {
+        row["threat"]: (row["accuracy"], row["change"].partition(" ")[0])
+        for row in table(report(right), report(right | {"fog": "0100"}))
+    }
+    assert rows["worst case of the unseen"] == (25, "+25.0")
+    assert rows["worst case of the unseen but JPEG L1"] == (50, "+25.0")
+    assert list(rows)[-2:] == ["worst case of the unseen but JPEG L1", "worst case of 3 attacks"]
 
 
 def test_a_training_is_held_against_the_one_it_stands_on() -> None:
