@@ -151,7 +151,7 @@ def test_only_what_is_complete_is_recorded(trained: list[Path], tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*")}
     found = recorded(PAIR, tmp_path, 12)
     assert list(found["trainings"]) == list(found["autoattack"]) == [PAIR[0]]
-    assert found["hardware"] == f"trained on abacus, evaluated on {hardware()}"
+    assert found["hardware"] == f"Trained on abacus, attacked on {hardware()}"
     assert found["seed"] == 3
     titles = [line["threat"] for line in found["tables"]["PGD-AT"]["PGD-AT"]]
     assert titles[:4] == ["clean", "weak", "joint space (JSA)", "Fog"]

@@ -429,7 +429,7 @@ def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
         raise SystemExit(f"the trainings have the seeds {sorted(seeds)}: one record takes one.")
     where = hardware()
     if machines != {where}:
-        where = f"trained on {' and '.join(sorted(machines))}, evaluated on {where}"
+        where = f"Trained on {' and '.join(sorted(machines))}, attacked on {where}"
     facts = {"hardware": where, "seed": seeds.pop(), "images": images, "trainings": trainings}
     return facts | told(found)
 
