@@ -88,8 +88,8 @@ def best_of(study: FineTuning, setting: str) -> str:
 def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -> list[Begin]:
     """A little more training with all images."""
     setting = "48000"
-    rows = ("plain", *CANDIDATES, SPLIT_JOINT, LATENT, LONG.format("plain", LATENT))
-    courses = courses_of(study, rows, setting, TUNING, device)
+    beside = (SPLIT_JOINT, LATENT, LONG.format("plain", LATENT))
+    courses = courses_of(study, ("plain", *CANDIDATES, *beside), setting, TUNING, device)
 
     def of(row: str, *wanted: int) -> Begin:
         return partial(train_row, study, row, [setting], wanted, courses)
@@ -104,7 +104,7 @@ def finetunings(study: FineTuning, device: torch.device, seeds: Sequence[int]) -
 
     return [
         of("plain", TUNING, *seeds), *(of(row, TUNING) for row in CANDIDATES),
-        partial(later, has_tuned, chosen), *(of(row, *seeds) for row in rows[-3:]),
+        partial(later, has_tuned, chosen), *(of(row, *seeds) for row in beside),
     ]  # fmt: skip
 
 
@@ -213,13 +213,14 @@ def run(options: argparse.Namespace, flow: FrozenGlow, device: torch.device, unt
     """Measure, and train until the deadline."""
     now: list[Begin] = []
     then: list[Begin] = []
+    study = tuned(options, flow)
     if "robustness" in options.studies:
         trainings, evaluation = adversarial(options, flow, until)
         now += [*trainings, evaluation]
     if "finetuning" in options.studies:
-        now += finetunings(tuned(options, flow), device, range(options.seeds))
+        now += finetunings(study, device, range(options.seeds))
     if "transfer" in options.studies:
-        now += transfers(tuned(options, flow), device)
+        now += transfers(study, device)
     if "few labels" in options.studies:
         first, then = few_labels(options.work / "lowdata", flow, device)
         now += first

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,12 @@ def hardware() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
+
+
+def machines(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Where runs were made; those that do not say were made here."""
+    here = hardware()
+    return " and ".join(sorted({one.get("hardware", here) for one in runs}))
 
 
 def cores() -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
-from benchmarks.harness import hardware
+from benchmarks.harness import hardware, machines
 from benchmarks.training import crop_and_flip
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
@@ -273,8 +273,8 @@ class Study:
 
     def keep(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the file of a run."""
-        result = {"row": run.title, "setting": run.setting, "seed": run.seed, **facts}
-        result["hardware"] = hardware()
+        names = {"row": run.title, "setting": run.setting, "seed": run.seed}
+        result = {**names, **facts, "hardware": hardware()}
         keep(self.file(run), result)
         return result
 
@@ -292,7 +292,7 @@ class Study:
             for setting in self.settings
         }
         return {
-            "hardware": " and ".join(sorted({one.get("hardware", hardware()) for one in runs})),
+            "hardware": machines(runs),
             "network": self.network,
             "seed": sorted({one["seed"] for one in runs}),
             "table": {setting: table for setting, table in by_setting.items() if table},

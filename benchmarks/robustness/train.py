@@ -39,11 +39,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
-from benchmarks.harness import hardware, keep_memory, record
+from benchmarks.harness import hardware, machines, record
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
-from benchmarks.robustness.withstand import attack_all, jobs, reports
+from benchmarks.robustness.withstand import attack_all, jobs, one_thread, reports
 from benchmarks.training import crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report
@@ -400,8 +400,7 @@ def main() -> None:
     options = parser().parse_args()
     until = None if options.seconds is None else time.monotonic() + options.seconds
     rows = options.only or ROWS
-    torch.set_num_threads(1)
-    keep_memory()
+    one_thread()
     if options.evaluate:
         folders = [place(options.work, row) for row in rows if is_trained(options.work, row)]
         todo = jobs(folders, options.images, progress=options.processes == 1)
@@ -424,12 +423,12 @@ def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
     trainings = {row: json.loads((place(work, row) / "training.json").read_text()) for row in found}
     if not found:
         raise SystemExit("there is no training whose evaluation is complete.")
-    seeds, machines = ({one[key] for one in trainings.values()} for key in ("seed", "hardware"))
+    seeds = {one["seed"] for one in trainings.values()}
     if len(seeds) > 1:
         raise SystemExit(f"the trainings have the seeds {sorted(seeds)}: one record takes one.")
-    where = hardware()
-    if machines != {where}:
-        where = f"Trained on {' and '.join(sorted(machines))}, attacked on {where}"
+    trained, where = machines(trainings.values()), hardware()
+    if trained != where:
+        where = f"Trained on {trained}, attacked on {where}"
     facts = {"hardware": where, "seed": seeds.pop(), "images": images, "trainings": trainings}
     return facts | told(found)
 
@@ -455,13 +454,11 @@ def told(reports: Reports) -> dict[str, Any]:
 
 def table(report: Report, against: Report | None) -> list[dict[str, Any]]:
     """The numbers, with the worst case of the unseen without the one that alone decides it."""
-    found = []
-    without = iter(numbers(_without_jpeg(report), against and _without_jpeg(against)))
+    less = numbers(_without_jpeg(report), against and _without_jpeg(against))
+    worst = [row | {"threat": f"{UNION} but JPEG L1"} for row in less if row["threat"] == UNION]
+    found: list[dict[str, Any]] = []
     for row in numbers(report, against):
-        found.append(row)
-        if row["threat"] == UNION:
-            worst = next(one for one in without if one["threat"] == UNION)
-            found.append(worst | {"threat": f"{UNION} but JPEG L1"})
+        found += [row, *worst] if row["threat"] == UNION else [row]
     return found
 
 

@@ -134,7 +134,7 @@ def attack_all(todo: Sequence[Job], processes: int, until: float | None) -> None
 
 
 def one_thread() -> None:
-    """What each of several processes begins with."""
+    """What every process of the study begins with."""
     torch.set_num_threads(1)
     keep_memory()
 
