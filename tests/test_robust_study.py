@@ -44,9 +44,12 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found = (images[:12], torch.from_numpy(data.target[:12]))
     monkeypatch.setattr(withstand, "flow_and_images", lambda count: (load_flow("digits"), found))
     monkeypatch.setattr(withstand, "make_threat", in_place_of_autoattack)
-    monkeypatch.setattr(withstand, "strongest", lambda levels: ("autoattack",))
-    monkeypatch.setattr(withstand, "others", lambda levels: ("jsa=1/255@1", "fog@1"))
-    monkeypatch.setattr(withstand, "gentle", lambda levels: ("fog=0.01@1",))
+    strongest, others, gentle = (
+        lambda levels, threats=threats: threats
+        for threats in (("autoattack",), ("jsa=1/255@1", "fog@1"), ("fog=0.01@1",))
+    )
+    parts = {"last": (strongest, others), "gentle": (gentle,), "best": (strongest,)}
+    monkeypatch.setattr(withstand, "EVALUATIONS", parts)
     folders = [place(tmp_path, row) for row in PAIR]
     for folder, row in zip(folders, PAIR, strict=True):
         for name in ("last", "best"):
@@ -175,16 +178,21 @@ def test_other_weights_are_not_taken_for_evaluated_ones(trained: list[Path]) -> 
         kept(job, job.threats)
 
 
-def test_budgets_go_with_that_of_the_training(tmp_path: Path) -> None:
+def test_budgets_go_with_that_of_the_training() -> None:
     for levels, usual in ((4, 0.5), (8, 1.0)):
-        (tmp_path / "training.json").write_text(json.dumps({"levels": levels}))
-        pgd, auto, joint, *unseen = withstand.wanted("last", tmp_path)
-        assert (pgd, auto) == (f"linf={levels}/255@50", f"autoattack={levels}/255")
-        assert joint == f"jsa={levels}/255"
+        assert withstand.strongest(levels) == (f"autoattack={levels}/255",)
+        pgd, joint, *unseen = withstand.others(levels)
+        assert (pgd, joint) == (f"linf={levels}/255@50", f"jsa={levels}/255")
         assert f"stadv={SPACES['stadv'].budget * usual:g}" in unseen
-        assert withstand.wanted("best", tmp_path) == (auto,)
         half = f"stadv={SPACES['stadv'].budget * usual / 2:g}"
-        assert half in withstand.wanted("gentle", tmp_path)
+        assert half in withstand.gentle(levels)
+        assert len(withstand.gentle(levels)) == len(unseen)
+
+
+def test_a_training_says_its_budget(tmp_path: Path) -> None:
+    for facts, levels in (({"levels": 8}, 8), ({}, 4)):
+        (tmp_path / "training.json").write_text(json.dumps(facts))
+        assert withstand.levels_of(tmp_path) == levels
 
 
 @pytest.mark.parametrize("made", [small_resnet(10, 1), cifar_resnet18(width=8)])

@@ -34,7 +34,6 @@ from ijsat_aug.evaluation.threats import UNSEEN, Threat, make_threat
 from ijsat_aug.evaluation.victim import Found, Victim
 from ijsat_aug.flows.frozen import FrozenGlow
 
-NAMES = ("last", "gentle", "best")
 CLEAN = Entry("clean", "clean", "clean", "", 0, "")
 
 
@@ -64,12 +63,8 @@ def levels_of(training: Path) -> float:
     return float(facts.get("levels", 4))
 
 
-def wanted(name: str, training: Path) -> tuple[str, ...]:
-    """The threats of an evaluation, in the order of the table."""
-    levels = levels_of(training)
-    first, *rest = others(levels)
-    last = (first, *strongest(levels), *rest)
-    return {"last": last, "gentle": gentle(levels), "best": strongest(levels)}[name]
+# What is measured on the last network of a training, and on its best; in the order of the work.
+EVALUATIONS = {"last": (strongest, others), "gentle": (gentle,), "best": (strongest,)}
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,10 @@ class Job:
 
 def jobs(trainings: Sequence[Path], count: int, progress: bool = True) -> list[Job]:
     """All that there is to do, what says most first."""
-    order = (("last", strongest), ("last", others), ("gentle", gentle), ("best", strongest))
     return [
         Job(training, name, threats(levels_of(training)), count, progress)
-        for name, threats in order
+        for name, parts in EVALUATIONS.items()
+        for threats in parts
         for training in trainings
     ]
 
@@ -202,5 +197,10 @@ def kept(job: Job, names: Sequence[str]) -> Report | None:
 
 def reports(training: Path, count: int) -> dict[str, Report]:
     """What the networks of a training withstand, in each evaluation of which all is known."""
-    found = {name: kept(Job(training, name, (), count), wanted(name, training)) for name in NAMES}
-    return {name: report for name, report in found.items() if report is not None}
+    levels, found = levels_of(training), {}
+    for name, parts in EVALUATIONS.items():
+        threats = [one for part in parts for one in part(levels)]
+        report = kept(Job(training, name, (), count), threats)
+        if report is not None:
+            found[name] = report
+    return found
