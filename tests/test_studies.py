@@ -185,7 +185,9 @@ def test_an_adversarial_training_takes_a_step(row: str) -> None:
     method.step(net, x, y, method.draw(x, y))
     assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
-    assert method.attack.threat.moves_latent == row.endswith(("JSA", "IJSAT"))
+    first, *more = (attack.threat for attack in method.attacks)
+    assert first.moves_latent == ("JSA" in row or "IJSAT" in row)
+    assert [one.norm for one in more] == (["l2"] if row.endswith("L2") else [])
 
 
 def test_the_worst_case_is_told_without_the_threat_that_decides_it_too() -> None:

@@ -55,12 +55,13 @@ from ijsat_aug.transforms.randomness import Randomness
 STEPS = 7
 VALIDATION, BATCH = 1000, 128
 TIMED = 30  # steps
+L2_OF_A_LEVEL = 0.375  # the radius for one 255th of L-inf; 1.5 at 4/255
 UNION = "worst case of the unseen"
 ROWS = [
     base + ending
     for base in ("PGD-AT", "TRADES", "TRADES + AWP")
     for ending in ("", " + JSA", " + IJSAT")
-]
+] + ["PGD-AT + L2", "PGD-AT + JSA + L2"]
 LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
 Labelled = tuple[Tensor, Tensor]
 
@@ -71,13 +72,13 @@ class Method:
 
     Attributes:
         mix: Blends of pairs, or None for the batch as it is.
-        attack: Makes what is trained on.
+        attacks: They make what is trained on, each of an equal part of the batch.
         trades: Whether the prediction before the attack is held against the one after it.
         gamma: Size of the weight perturbation; 0 is none.
     """
 
     mix: RobustMixup | None
-    attack: JointSpaceAdv
+    attacks: list[JointSpaceAdv]
     trades: bool
     gamma: float
 
@@ -85,36 +86,47 @@ class Method:
     def of(cls, row: str, network: nn.Module, flow: FrozenGlow, levels: float = 4) -> Method:
         """What the name of a row says, at so many 255ths."""
         trades, mixed = "TRADES" in row, "IJSAT" in row
-        radius = recommended_eta(flow, "linf") * levels / 8
-        joint = mixed or "JSA" in row
-        budgets: dict[str, Any] = {"eta": radius, "latent_steps": 2} if joint else {"eta": 0}
-        attack = JointSpaceAdv(
-            network, flow, eps=levels / 255, steps=STEPS, objective="kl" if trades else "ce", **LOW,
-            **budgets,
-        )  # fmt: skip
+        attack = partial(
+            JointSpaceAdv, network, flow, steps=STEPS, objective="kl" if trades else "ce", **LOW
+        )
+        budgets: dict[str, Any] = {"eta": 0}
+        if mixed or "JSA" in row:
+            budgets = {"eta": recommended_eta(flow, "linf") * levels / 8, "latent_steps": 2}
+        attacks = [attack(eps=levels / 255, **budgets)]
+        if "L2" in row:
+            attacks.append(attack(eps=L2_OF_A_LEVEL * levels, eta=0, norm="l2"))
         mix = RobustMixup(num_classes=10, eps=0) if mixed else None
-        return cls(mix, attack, trades, 0.005 if "AWP" in row else 0.0)
+        return cls(mix, attacks, trades, 0.005 if "AWP" in row else 0.0)
 
     def seed(self, seed: int) -> None:
         """Draw from now on from generators of its own."""
-        self.attack.random = Randomness(seed)
-        if self.mix is not None:
-            self.mix.random = self.attack.random
+        random = Randomness(seed)
+        for one in (*self.attacks, *([] if self.mix is None else [self.mix])):
+            one.random = random
 
     def draw(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """All that is random in a step; a blend is of the shape of a batch."""
-        params = {"attack": self.attack.draw(x, y)}
+        params = {"attacks": [attack.draw(*part) for attack, part in self._shared_out(x, y)]}
         return params if self.mix is None else params | {"mix": self.mix.draw(x, y)}
 
     def step(self, network: nn.Module, x: Tensor, y: Tensor, params: dict[str, Any]) -> None:
         """Leave the gradient of one batch on the network, given what :meth:`draw` drew."""
         if self.mix is not None:
             x, y, _ = self.mix.augment(x, y, params["mix"])
-        worse, y, _ = self.attack.augment(x, y, params["attack"])
-        loss = partial(self.loss, network, x, worse, y)
+        worse = [
+            attack.augment(*part, drawn)[0]
+            for (attack, part), drawn in zip(self._shared_out(x, y), params["attacks"], strict=True)
+        ]
+        loss = partial(self.loss, network, x, torch.cat(worse), y)
         worst_weights = AdversarialWeightPerturbation(network, self.gamma)
         with worst_weights(loss) if self.gamma else nullcontext(loss()) as value:
             value.backward()
+
+    def _shared_out(self, x: Tensor, y: Tensor) -> Iterator[tuple[JointSpaceAdv, Labelled]]:
+        """Each attack with its part of a batch."""
+        count = len(self.attacks)
+        parts = zip(x.chunk(count), y.chunk(count), strict=True)
+        return zip(self.attacks, parts, strict=True)
 
     def loss(self, network: nn.Module, x: Tensor, worse: Tensor, y: Tensor) -> Tensor:
         """TRADES', or the cross-entropy of attacked images."""
