@@ -163,12 +163,13 @@ def test_every_row_names_a_file() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("setting", ["10000", "transfer"])
+@pytest.mark.parametrize("setting", ["10000", "10000, 20 epochs", "transfer"])
 def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Path) -> None:
     study = FineTuning(tmp_path, load_flow("digits"))
     chosen, final = (study.parts_of(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
     assert torch.equal(chosen.tested[0], chosen.validation[0])
-    assert len(final.tested[1]) == (10_000 if setting == "10000" else 5_000)
+    assert final.name == setting.partition(",")[0]  # of the base, which is the same
+    assert len(final.tested[1]) == (5_000 if setting == "transfer" else 10_000)
     shown = {bytes(image.numpy()) for image in final.learnt[0]}
     assert not shown & {bytes(image.numpy()) for image in final.validation[0]}
     assert not shown & {bytes(image.numpy()) for image in final.tested[0]}

@@ -2,16 +2,16 @@
 
 Run:  IJSAT_DATA=... python benchmarks/accuracy/finetune.py
 
-A ResNet-18 of a quarter of the width is trained plainly on 48,000 or 10,000 training images of
-CIFAR-10, and then for four or ten epochs more with each augmentation. ``transfer``: it is trained
-on the 24,000 of five classes, and then, with a new last layer, on 500 images of the five others.
-The 2,000 training images left out choose the best epoch and, in place of the test split with seed
-100, the settings; the test split is read at the end alone. The base is one network for all seeds,
-which draw the order, the crops and the augmentations (and, in ``transfer``, the images). The rows
-"for as long as ..." have the processor time of the row they name. Every network is kept beside its
-run, and ``--corruptions`` measures each on the 15 corruptions of 2,000 test images, or of 500 that
-validate. ``--record finetune-cifar10`` writes what is there, and with ``--seeds 100``
-``--record finetune-tuning`` what chose the settings.
+A ResNet-18 of a quarter of the width is trained plainly on training images of CIFAR-10, and then
+some epochs more with each augmentation: four on 48,000 images, ten or twenty on 10,000.
+``transfer``: it is trained on the 24,000 of five classes, and then, with a new last layer, on 500
+images of the five others. The 2,000 training images left out choose the best epoch and, in place
+of the test split with seed 100, the settings; the test split is read at the end alone. The base is
+one network for all seeds, which draw the order, the crops and the augmentations (and, in
+``transfer``, the images). The rows "for as long as ..." have the processor time of the row they
+name. Every network is kept beside its run, and ``--corruptions`` measures each on the 15
+corruptions of 2,000 test images, or of 500 that validate. ``--record finetune-cifar10`` writes what
+is there, and with ``--seeds 100`` ``--record finetune-tuning`` what chose the settings.
 
 On a GPU the rows are trained side by side, as ``together.py`` says, and each network sees the
 corrupted images at once instead of being kept; ``--width 64 --batch 256`` is the usual ResNet-18.
@@ -64,7 +64,8 @@ from ijsat_aug.flows.frozen import FrozenGlow
 data = cache(cifar10)
 VALIDATION = 2000
 TUNING = 100  # the seed that is tested on validation images
-STEPS = {"48000": 4 * 375, "10000": 10 * 78, "transfer": 500}
+LONGER = "10000, 20 epochs"
+STEPS = {"48000": 4 * 375, "10000": 10 * 78, LONGER: 20 * 78, "transfer": 500}
 PEAKS = {"48000": 0.02, "10000": 0.02, "transfer": 0.1}  # of 0.02 and 0.1, with seed 100
 BASE_EPOCHS = {"48000": 30, "10000": 100, "transfer": 30}
 FIRST, FEW = 5, 100  # classes of the base in "transfer"; images of each of the others
@@ -110,7 +111,7 @@ class FineTuning(Study):
     def task(self, run: Run) -> Task:
         """Some epochs with few or many images."""
         part = self.parts_of(run)
-        steps = STEPS[part.name] * BATCH // self.batch
+        steps = STEPS[str(run.setting)] * BATCH // self.batch
         return Task(part.learnt, part.validation, steps, PEAKS[part.name], self.batch)
 
     def tested(self, run: Run) -> Labelled:
@@ -146,22 +147,23 @@ class FineTuning(Study):
     def parts_of(self, run: Run) -> Parts:
         """The images of a run."""
         drawn = run.seed if run.setting == "transfer" else 0
-        return self.parts(str(run.setting), drawn, run.seed == TUNING)
+        name, *_ = str(run.setting).split(",")  # without the epochs
+        return self.parts(name, drawn, run.seed == TUNING)
 
-    def _parts(self, setting: str, seed: int, tuning: bool) -> Parts:
+    def _parts(self, name: str, seed: int, tuning: bool) -> Parts:
         images, labels = data(train=True)
         held, used = split(len(labels))
         pick = partial(of, (images, labels))
         tested = images_tested(tuning)
-        if setting != "transfer":
-            learnt = pick(used[: int(setting)])
-            return Parts(learnt, learnt, pick(held), tested, setting)
+        if name != "transfer":
+            learnt = pick(used[: int(name)])
+            return Parts(learnt, learnt, pick(held), tested, name)
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
         few = of_each(new, labels, range(FIRST, 10), FEW)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
-            of(tested, tested[1] >= FIRST), setting,
+            of(tested, tested[1] >= FIRST), name,
         )  # fmt: skip
 
     def base(self, parts: Parts, seed: int) -> nn.Sequential:
