@@ -154,6 +154,7 @@ ROWS: dict[str, Make] = {
     "mixup + latent step, replay, not in the last 30 %": partial(_replay, epochs=(0, 14)),
     "CutMix + latent step, second half": partial(_after_cutmix, begin=_half, **_own),
     "mixup + joint step": partial(_blend, target="prediction"),
+    "mixup + joint step, half of each batch": partial(_blend, target="prediction", fraction=0.5),
 }
 # Who trains for as long as another row took, with the same seed.
 AS_LONG = {
