@@ -336,10 +336,17 @@ def training_tables() -> str:
             left = [result["autoattack"][row].get(name) for row in tables]
             epochs = ["" if one is None else f"{one:.1f}" for one in left]
             rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])
-        taken = [result["trainings"][row]["seconds"] for row in tables]
-        rows.append(["time of the training", "", *(f"{one / taken[0]:.2f}" for one in taken)])
+        trainings = [result["trainings"][row] for row in tables]
+        rows.append(["time of the training", "", *(_times(one, trainings[0]) for one in trainings)])
         found.append(markdown(head, rows))
     return "\n\n".join(found) + "\n\n" + _threats_note(result, "the training of the first column")
+
+
+def _times(training: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """How much longer it took, if on the same hardware."""
+    if training["hardware"] != first["hardware"]:
+        return ""
+    return f"{training['seconds'] / first['seconds']:.2f}"
 
 
 def _threats(title: str, tables: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

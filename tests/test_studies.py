@@ -216,7 +216,10 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
         ]
         return Report({"images": 4}, {one.name: one for one in results})
 
-    rows = {"PGD-AT": "1000", "PGD-AT + JSA": "1100", "TRADES + JSA": "1110"}
+    rows = {
+        "PGD-AT": "1000", "PGD-AT + JSA": "1100", "PGD-AT + JSA + L2": "1111",
+        "TRADES + JSA": "1110",
+    }  # fmt: skip
     reports = {
         row: {"best": report("1111"), "last": report(r), "gentle": report("1110")}
         for row, r in rows.items()
@@ -228,4 +231,6 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
     )
     assert attacked["change"].startswith("+25.0")
     assert alone["change"] == ""
+    assert list(found["tables"]) == ["PGD-AT", "TRADES"]
+    assert found["tables"]["PGD-AT"]["PGD-AT + JSA + L2"][1]["change"].startswith("+75.0")
     assert found["gentle"]["PGD-AT"]["PGD-AT + JSA"][1]["accuracy"] == 75
