@@ -188,7 +188,8 @@ def test_an_adversarial_training_takes_a_step(row: str) -> None:
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
     first, *more = (attack.threat for attack in method.attacks)
     assert first.moves_latent == ("JSA" in row or "IJSAT" in row)
-    assert [one.norm for one in more] == (["l2"] if row.endswith("L2") else [])
+    radius = row.partition("L2 of ")[2]
+    assert [(one.norm, one.eps) for one in more] == ([("l2", float(radius))] if radius else [])
 
 
 def test_the_worst_case_is_told_without_the_threat_that_decides_it_too() -> None:
@@ -217,7 +218,7 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
         return Report({"images": 4}, {one.name: one for one in results})
 
     rows = {
-        "PGD-AT": "1000", "PGD-AT + JSA": "1100", "PGD-AT + JSA + L2": "1111",
+        "PGD-AT": "1000", "PGD-AT + JSA": "1100", "PGD-AT + JSA + L2 of 1": "1111",
         "TRADES + JSA": "1110",
     }  # fmt: skip
     reports = {
@@ -232,5 +233,5 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
     assert attacked["change"].startswith("+25.0")
     assert alone["change"] == ""
     assert list(found["tables"]) == ["PGD-AT", "TRADES"]
-    assert found["tables"]["PGD-AT"]["PGD-AT + JSA + L2"][1]["change"].startswith("+75.0")
+    assert found["tables"]["PGD-AT"]["PGD-AT + JSA + L2 of 1"][1]["change"].startswith("+75.0")
     assert found["gentle"]["PGD-AT"]["PGD-AT + JSA"][1]["accuracy"] == 75

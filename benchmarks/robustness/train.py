@@ -7,15 +7,13 @@ A ResNet-10 of 0.3 M parameters learns from 10,000 images of CIFAR-10, with crop
 seven steps of 2.5 eps / 7 at L-inf 4/255; the learning rate falls to a tenth after half and after
 three quarters of the epochs. "+ JSA" attacks in the joint space: the latents move in two of the
 steps, at 4/255 half as far as by default, which the validation images chose. "+ IJSAT" mixes first
-and attacks the blends alike; TRADES compares the blend with the attacked one. "+ L2" gives half of
-each batch to seven steps in L2 of radius 1.5, in pixels alone: of 0.25, 0.5, 1 and 1.5 the smallest
-that put three epochs more of PGD-AT + JSA three points above PGD-AT in the worst case of six
-threats to 200 validation images. 1,000 of these, under PGD-10, choose the best epoch.
-``--evaluate`` measures the last network of each on test images: clean, PGD-50, AutoAttack, the
-joint space, and the unseen threats at half of their usual budgets, as 4/255 is half of 8/255, and
-at a quarter; and the best network under AutoAttack. Options take a wider network, more images and
-another budget. ``--record`` writes what is there. Each training and each finished threat is a file
-of its own.
+and attacks the blends alike; TRADES compares the blend with the attacked one. "+ L2 of ..." gives
+half of each batch to seven steps in L2 of that radius, in pixels alone. 1,000 other training images
+under PGD-10 choose the best epoch. ``--evaluate`` measures the last network of each on test images:
+clean, PGD-50, AutoAttack, the joint space, and the unseen threats at half of their usual budgets,
+as 4/255 is half of 8/255, and at a quarter; and the best network under AutoAttack. Options take a
+wider network, more images and another budget. ``--record`` writes what is there. Each training and
+each finished threat is a file of its own.
 
 On a GPU all trainings run side by side, their steps CUDA graphs. The "seconds" of a training are
 its steps times what one takes when nothing else runs, measured before; on a CPU they are those of
@@ -58,13 +56,13 @@ from ijsat_aug.transforms.randomness import Randomness
 STEPS = 7
 VALIDATION, BATCH = 1000, 128
 TIMED = 30  # steps
-L2_OF_A_LEVEL = 0.375  # the radius for one 255th of L-inf; 1.5 at 4/255
 UNION = "worst case of the unseen"
 ROWS = [
     base + ending
     for base in ("PGD-AT", "TRADES", "TRADES + AWP")
     for ending in ("", " + JSA", " + IJSAT")
-] + ["PGD-AT + L2", "PGD-AT + JSA + L2"]
+] + ["PGD-AT + JSA + L2 of 1", "PGD-AT + JSA + L2 of 1.5", "PGD-AT + L2 of 1"]
+L2 = " + L2 of "
 LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
 Labelled = tuple[Tensor, Tensor]
 
@@ -88,6 +86,7 @@ class Method:
     @classmethod
     def of(cls, row: str, network: nn.Module, flow: FrozenGlow, levels: float = 4) -> Method:
         """What the name of a row says, at so many 255ths."""
+        row, _, radius = row.partition(L2)
         trades, mixed = "TRADES" in row, "IJSAT" in row
         attack = partial(
             JointSpaceAdv, network, flow, steps=STEPS, objective="kl" if trades else "ce", **LOW
@@ -96,8 +95,8 @@ class Method:
         if mixed or "JSA" in row:
             budgets = {"eta": recommended_eta(flow, "linf") * levels / 8, "latent_steps": 2}
         attacks = [attack(eps=levels / 255, **budgets)]
-        if "L2" in row:
-            attacks.append(attack(eps=L2_OF_A_LEVEL * levels, eta=0, norm="l2"))
+        if radius:
+            attacks.append(attack(eps=float(radius) * levels / 4, eta=0, norm="l2"))
         mix = RobustMixup(num_classes=10, eps=0) if mixed else None
         return cls(mix, attacks, trades, 0.005 if "AWP" in row else 0.0)
 
@@ -455,7 +454,7 @@ def told(reports: Reports) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"tables": {}, "gentle": {}, "autoattack": {}}
     for row, ours in reports.items():
-        base = row.removesuffix(" + L2").removesuffix(" + JSA").removesuffix(" + IJSAT")
+        base = row.partition(L2)[0].removesuffix(" + JSA").removesuffix(" + IJSAT")
         theirs = reports[base] if base in reports and base != row else {}
         for part, name in (("tables", "last"), ("gentle", "gentle")):
             found[part].setdefault(base, {})[row] = table(ours[name], theirs.get(name))
