@@ -8,12 +8,12 @@ seven steps of 2.5 eps / 7 at L-inf 4/255; the learning rate falls to a tenth af
 three quarters of the epochs. "+ JSA" attacks in the joint space: the latents move in two of the
 steps, at 4/255 half as far as by default, which the validation images chose. "+ IJSAT" mixes first
 and attacks the blends alike; TRADES compares the blend with the attacked one. "+ L2 of ..." gives
-half of each batch to seven steps in L2 of that radius, in pixels alone. 1,000 other training images
-under PGD-10 choose the best epoch. ``--evaluate`` measures the last network of each on test images:
-clean, PGD-50, AutoAttack, the joint space, and the unseen threats at half of their usual budgets,
-as 4/255 is half of 8/255, and at a quarter; and the best network under AutoAttack. Options take a
-wider network, more images and another budget. ``--record`` writes what is there. Each training and
-each finished threat is a file of its own.
+half of each batch to seven steps in L2 of that radius (at 4/255; it goes with the budget), in
+pixels alone. 1,000 other training images under PGD-10 choose the best epoch. ``--evaluate``
+measures the last network of each on test images: clean, PGD-50, AutoAttack, the joint space, and
+the unseen threats at half of their usual budgets, as 4/255 is half of 8/255, and at a quarter; and
+the best network under AutoAttack. Options take a wider network, more images and another budget.
+``--record`` writes what is there. Each training and each finished threat is a file of its own.
 
 On a GPU all trainings run side by side, their steps CUDA graphs. The "seconds" of a training are
 its steps times what one takes when nothing else runs, measured before; on a CPU they are those of
@@ -103,8 +103,10 @@ class Method:
     def seed(self, seed: int) -> None:
         """Draw from now on from generators of its own."""
         random = Randomness(seed)
-        for one in (*self.attacks, *([] if self.mix is None else [self.mix])):
-            one.random = random
+        for attack in self.attacks:
+            attack.random = random
+        if self.mix is not None:
+            self.mix.random = random
 
     def draw(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """All that is random in a step; a blend is of the shape of a batch."""

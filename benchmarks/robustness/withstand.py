@@ -137,7 +137,7 @@ def one_thread() -> None:
 def attack(job: Job, until: float | None) -> None:
     """Measure what the network withstands, and keep it."""
     flow, (images, labels) = flow_and_images(job.count)
-    if too_late(until) or kept(job, job.threats) is not None:
+    if too_late(until) or kept(job) is not None:
         return
     gpu = torch.cuda.is_available()
     network = job.network().to("cuda" if gpu else "cpu")
@@ -181,15 +181,15 @@ def timed(threat: Threat, until: float | None) -> Threat:
     return replace(threat, attack=attack)
 
 
-def kept(job: Job, names: Sequence[str]) -> Report | None:
-    """What is known of these threats; None while one is missing."""
+def kept(job: Job) -> Report | None:
+    """What is known of its threats; None while one is missing."""
     place = job.folder / "settings.json"
     if not place.is_file():
         return None
     flow, (images, _) = flow_and_images(job.count)
     settings = json.loads(place.read_text()) | {"model": fingerprint(job.network())}
     store = Store(job.folder, settings)
-    threats = [make_threat(name, flow, images.shape[1:]) for name in names]
+    threats = [make_threat(name, flow, images.shape[1:]) for name in job.threats]
     results = {entry.name: store.get(entry) for entry in (CLEAN, *threats)}
     found = {name: result for name, result in results.items() if result is not None}
     return Report(settings, found) if len(found) == len(results) else None
@@ -199,8 +199,8 @@ def reports(training: Path, count: int) -> dict[str, Report]:
     """What the networks of a training withstand, in each evaluation of which all is known."""
     levels, found = levels_of(training), {}
     for name, parts in EVALUATIONS.items():
-        threats = [one for part in parts for one in part(levels)]
-        report = kept(Job(training, name, (), count), threats)
+        threats = tuple(one for part in parts for one in part(levels))
+        report = kept(Job(training, name, threats, count))
         if report is not None:
             found[name] = report
     return found
