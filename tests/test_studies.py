@@ -188,8 +188,12 @@ def test_an_adversarial_training_takes_a_step(row: str) -> None:
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
     first, *more = (attack.threat for attack in method.attacks)
     assert first.moves_latent == ("JSA" in row or "IJSAT" in row)
-    radius = row.partition("L2 of ")[2]
+    radius, quarter, _ = row.partition("L2 of ")[2].partition(", quarter of each batch")
     assert [(one.norm, one.eps) for one in more] == ([("l2", float(radius))] if radius else [])
+    parts = [part for _, part in method.shared_out(x, y)]
+    for whole, each in zip((x, y), zip(*parts, strict=True), strict=True):
+        assert torch.equal(torch.cat(each), whole)
+    assert [len(labels) for _, labels in parts[1:]] == ([8 if quarter else 16] if radius else [])
 
 
 def test_the_worst_case_is_told_without_the_threat_that_decides_it_too() -> None:

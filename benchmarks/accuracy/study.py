@@ -312,7 +312,9 @@ def arguments(work: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--settings", nargs="+", help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--only", nargs="+", choices=(*ROWS, *AS_LONG), help="these rows alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*ROWS, *AS_LONG), metavar="ROW", help="these rows alone"
+    )
     parser.add_argument("--work", type=Path, default=Path(work))
     parser.add_argument("--record", help="write the JSON of this name of what is there")
     parser.add_argument(

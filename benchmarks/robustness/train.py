@@ -8,12 +8,13 @@ seven steps of 2.5 eps / 7 at L-inf 4/255; the learning rate falls to a tenth af
 three quarters of the epochs. "+ JSA" attacks in the joint space: the latents move in two of the
 steps, at 4/255 half as far as by default, which the validation images chose. "+ IJSAT" mixes first
 and attacks the blends alike; TRADES compares the blend with the attacked one. "+ L2 of ..." gives
-half of each batch to seven steps in L2 of that radius (at 4/255; it goes with the budget), in
-pixels alone. 1,000 other training images under PGD-10 choose the best epoch. ``--evaluate``
-measures the last network of each on test images: clean, PGD-50, AutoAttack, the joint space, and
-the unseen threats at half of their usual budgets, as 4/255 is half of 8/255, and at a quarter; and
-the best network under AutoAttack. Options take a wider network, more images and another budget.
-``--record`` writes what is there. Each training and each finished threat is a file of its own.
+half of each batch, or a quarter, to seven steps in L2 of that radius (at 4/255; it goes with the
+budget), in pixels alone. 1,000 other training images under PGD-10 choose the best epoch.
+``--evaluate`` measures the last network of each on test images: clean, PGD-50, AutoAttack, the
+joint space, and the unseen threats at half of their usual budgets, as 4/255 is half of 8/255, and
+at a quarter; and the best network under AutoAttack. Options take a wider network, more images and
+another budget. ``--record`` writes what is there. Each training and each finished threat is a file
+of its own.
 
 On a GPU all trainings run side by side, their steps CUDA graphs. The "seconds" of a training are
 its steps times what one takes when nothing else runs, measured before; on a CPU they are those of
@@ -61,8 +62,14 @@ ROWS = [
     base + ending
     for base in ("PGD-AT", "TRADES", "TRADES + AWP")
     for ending in ("", " + JSA", " + IJSAT")
-] + ["PGD-AT + JSA + L2 of 1", "PGD-AT + JSA + L2 of 1.5", "PGD-AT + L2 of 1"]
+] + [
+    "PGD-AT + JSA + L2 of 1",
+    "PGD-AT + JSA + L2 of 1.5",
+    "PGD-AT + JSA + L2 of 1.5, quarter of each batch",
+    "PGD-AT + L2 of 1",
+]
 L2 = " + L2 of "
+QUARTER = ", quarter of each batch"
 LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
 Labelled = tuple[Tensor, Tensor]
 
@@ -73,13 +80,15 @@ class Method:
 
     Attributes:
         mix: Blends of pairs, or None for the batch as it is.
-        attacks: They make what is trained on, each of an equal part of the batch.
+        attacks: They make what is trained on, each of its part of the batch.
+        parts: How much of the batch they get, as a ratio.
         trades: Whether the prediction before the attack is held against the one after it.
         gamma: Size of the weight perturbation; 0 is none.
     """
 
     mix: RobustMixup | None
     attacks: list[JointSpaceAdv]
+    parts: tuple[int, ...]
     trades: bool
     gamma: float
 
@@ -87,6 +96,7 @@ class Method:
     def of(cls, row: str, network: nn.Module, flow: FrozenGlow, levels: float = 4) -> Method:
         """What the name of a row says, at so many 255ths."""
         row, _, radius = row.partition(L2)
+        radius, quarter, _ = radius.partition(QUARTER)
         trades, mixed = "TRADES" in row, "IJSAT" in row
         attack = partial(
             JointSpaceAdv, network, flow, steps=STEPS, objective="kl" if trades else "ce", **LOW
@@ -95,10 +105,12 @@ class Method:
         if mixed or "JSA" in row:
             budgets = {"eta": recommended_eta(flow, "linf") * levels / 8, "latent_steps": 2}
         attacks = [attack(eps=levels / 255, **budgets)]
+        parts: tuple[int, ...] = (1,)
         if radius:
             attacks.append(attack(eps=float(radius) * levels / 4, eta=0, norm="l2"))
+            parts = (3, 1) if quarter else (1, 1)
         mix = RobustMixup(num_classes=10, eps=0) if mixed else None
-        return cls(mix, attacks, trades, 0.005 if "AWP" in row else 0.0)
+        return cls(mix, attacks, parts, trades, 0.005 if "AWP" in row else 0.0)
 
     def seed(self, seed: int) -> None:
         """Draw from now on from generators of its own."""
@@ -110,7 +122,7 @@ class Method:
 
     def draw(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """All that is random in a step; a blend is of the shape of a batch."""
-        params = {"attacks": [attack.draw(*part) for attack, part in self._shared_out(x, y)]}
+        params = {"attacks": [attack.draw(*part) for attack, part in self.shared_out(x, y)]}
         return params if self.mix is None else params | {"mix": self.mix.draw(x, y)}
 
     def step(self, network: nn.Module, x: Tensor, y: Tensor, params: dict[str, Any]) -> None:
@@ -119,18 +131,18 @@ class Method:
             x, y, _ = self.mix.augment(x, y, params["mix"])
         worse = [
             attack.augment(*part, drawn)[0]
-            for (attack, part), drawn in zip(self._shared_out(x, y), params["attacks"], strict=True)
+            for (attack, part), drawn in zip(self.shared_out(x, y), params["attacks"], strict=True)
         ]
         loss = partial(self.loss, network, x, torch.cat(worse), y)
         worst_weights = AdversarialWeightPerturbation(network, self.gamma)
         with worst_weights(loss) if self.gamma else nullcontext(loss()) as value:
             value.backward()
 
-    def _shared_out(self, x: Tensor, y: Tensor) -> Iterator[tuple[JointSpaceAdv, Labelled]]:
-        """Each attack with its part of a batch."""
-        count = len(self.attacks)
-        parts = zip(x.chunk(count), y.chunk(count), strict=True)
-        return zip(self.attacks, parts, strict=True)
+    def shared_out(self, x: Tensor, y: Tensor) -> Iterator[tuple[JointSpaceAdv, Labelled]]:
+        """Each attack with its part of a batch; the last one has what is left over."""
+        sizes = [len(x) * part // sum(self.parts) for part in self.parts]
+        sizes[-1] += len(x) - sum(sizes)
+        return zip(self.attacks, zip(x.split(sizes), y.split(sizes), strict=True), strict=True)
 
     def loss(self, network: nn.Module, x: Tensor, worse: Tensor, y: Tensor) -> Tensor:
         """TRADES', or the cross-entropy of attacked images."""
