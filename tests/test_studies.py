@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
-from benchmarks.accuracy.finetune import TUNING, FineTuning, Parts
+from benchmarks.accuracy.finetune import SETTINGS, TUNING, FineTuning, Parts
 from benchmarks.accuracy.study import (
     BATCH,
     Run,
@@ -148,8 +148,9 @@ def test_every_row_can_be_trained_for_as_long_as_each_of_ours() -> None:
 def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
     save_weights(cifar_resnet18(width=16).state_dict(), tmp_path / "base-transfer.safetensors")
     study = FineTuning(tmp_path, load_flow("digits"))
-    parts = Parts(digits, digits, digits, digits, "transfer")
-    drawn = [(study.base(parts, seed)[-1].weight, torch.rand(5)) for seed in (0, 0, 1)]
+    parts = Parts(digits, digits, digits, digits)
+    transfer = SETTINGS["transfer"]
+    drawn = [(study.base(transfer, parts, seed)[-1].weight, torch.rand(5)) for seed in (0, 0, 1)]
     for first, again, other in zip(*drawn, strict=True):
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
@@ -163,12 +164,12 @@ def test_every_row_names_a_file() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("setting", ["10000", "10000, 20 epochs", "transfer"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Path) -> None:
     study = FineTuning(tmp_path, load_flow("digits"))
     chosen, final = (study.parts_of(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
     assert torch.equal(chosen.tested[0], chosen.validation[0])
-    assert final.name == setting.partition(",")[0]  # of the base, which is the same
+    assert len(final.learnt[1]) == (SETTINGS[setting].images or 500)
     assert len(final.tested[1]) == (5_000 if setting == "transfer" else 10_000)
     shown = {bytes(image.numpy()) for image in final.learnt[0]}
     assert not shown & {bytes(image.numpy()) for image in final.validation[0]}

@@ -64,12 +64,38 @@ from ijsat_aug.flows.frozen import FrozenGlow
 data = cache(cifar10)
 VALIDATION = 2000
 TUNING = 100  # the seed that is tested on validation images
-LONGER = "10000, 20 epochs"
-STEPS = {"48000": 4 * 375, "10000": 10 * 78, LONGER: 20 * 78, "transfer": 500}
-PEAKS = {"48000": 0.02, "10000": 0.02, "transfer": 0.1}  # of 0.02 and 0.1, with seed 100
-BASE_EPOCHS = {"48000": 30, "10000": 100, "transfer": 30}
 FIRST, FEW = 5, 100  # classes of the base in "transfer"; images of each of the others
 RIVALS = ("plain", "mixup")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is learnt before, and how it goes on.
+
+    Attributes:
+        images: Of the base, which it goes on with; None where it goes on with new classes.
+        base_epochs: Of the base.
+        steps: Of the fine-tuning, in batches of ``BATCH``.
+        peak: Of its learning rate, the better of 0.02 and 0.1 with seed 100.
+    """
+
+    images: int | None
+    base_epochs: int
+    steps: int
+    peak: float
+
+    @property
+    def base(self) -> str:
+        """The name of the base."""
+        return "transfer" if self.images is None else str(self.images)
+
+
+SETTINGS = {
+    "48000": Setting(48_000, 30, 4 * 375, 0.02),
+    "10000": Setting(10_000, 100, 10 * 78, 0.02),
+    "10000, 20 epochs": Setting(10_000, 100, 20 * 78, 0.02),
+    "transfer": Setting(None, 30, 500, 0.1),
+}
 
 
 class FineTuning(Study):
@@ -80,39 +106,31 @@ class FineTuning(Study):
         flow: Of the augmentations.
         width: Of the network.
         batch: Images a step.
-        base_epochs: Of the plain training of all 48,000 images.
     """
 
-    def __init__(
-        self,
-        work: Path,
-        flow: FrozenGlow,
-        width: int = 16,
-        batch: int = BATCH,
-        base_epochs: int = BASE_EPOCHS["48000"],
-    ) -> None:
-        super().__init__(work, f"cifar_resnet18(width={width})", list(STEPS), flow)
+    def __init__(self, work: Path, flow: FrozenGlow, width: int = 16, batch: int = BATCH) -> None:
+        super().__init__(work, f"cifar_resnet18(width={width})", list(SETTINGS), flow)
         self.make = partial(cifar_resnet18, width=width)
         self.batch = batch
-        self.base_epochs = {**BASE_EPOCHS, "48000": base_epochs}
         self.parts = cache(self._parts)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What its record says of all runs."""
         return {
-            "flow": self.flow.info["weights"]["sha256"], "peaks": PEAKS, "batch": self.batch,
+            "flow": self.flow.info["weights"]["sha256"], "batch": self.batch,
+            "peaks": {name: setting.peak for name, setting in SETTINGS.items()},
         }  # fmt: skip
 
     def start(self, run: Run) -> nn.Module:
         """The network that is trained on."""
-        return self.base(self.parts_of(run), run.seed)
+        return self.base(SETTINGS[str(run.setting)], self.parts_of(run), run.seed)
 
     def task(self, run: Run) -> Task:
         """Some epochs with few or many images."""
-        part = self.parts_of(run)
-        steps = STEPS[str(run.setting)] * BATCH // self.batch
-        return Task(part.learnt, part.validation, steps, PEAKS[part.name], self.batch)
+        part, setting = self.parts_of(run), SETTINGS[str(run.setting)]
+        steps = setting.steps * BATCH // self.batch
+        return Task(part.learnt, part.validation, steps, setting.peak, self.batch)
 
     def tested(self, run: Run) -> Labelled:
         """The test split, or what stands for it."""
@@ -146,39 +164,39 @@ class FineTuning(Study):
 
     def parts_of(self, run: Run) -> Parts:
         """The images of a run."""
-        drawn = run.seed if run.setting == "transfer" else 0
-        name, *_ = str(run.setting).split(",")  # without the epochs
-        return self.parts(name, drawn, run.seed == TUNING)
+        setting = SETTINGS[str(run.setting)]
+        drawn = run.seed if setting.images is None else 0
+        return self.parts(setting.images, drawn, run.seed == TUNING)
 
-    def _parts(self, name: str, seed: int, tuning: bool) -> Parts:
+    def _parts(self, count: int | None, seed: int, tuning: bool) -> Parts:
         images, labels = data(train=True)
         held, used = split(len(labels))
         pick = partial(of, (images, labels))
         tested = images_tested(tuning)
-        if name != "transfer":
-            learnt = pick(used[: int(name)])
-            return Parts(learnt, learnt, pick(held), tested, name)
+        if count is not None:
+            learnt = pick(used[:count])
+            return Parts(learnt, learnt, pick(held), tested)
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
         few = of_each(new, labels, range(FIRST, 10), FEW)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
-            of(tested, tested[1] >= FIRST), name,
+            of(tested, tested[1] >= FIRST),
         )  # fmt: skip
 
-    def base(self, parts: Parts, seed: int) -> nn.Sequential:
+    def base(self, setting: Setting, parts: Parts, seed: int) -> nn.Sequential:
         """The network that is trained on; with a new last layer where the classes are others.
 
         All that is random comes after it and from the seed: its own training has another.
         """
-        weights = self.work / f"base-{parts.name}.safetensors"
-        epochs = self.base_epochs[parts.name]
+        weights = self.work / f"base-{setting.base}.safetensors"
+        epochs = setting.base_epochs
         if torch.cuda.is_available() and not weights.is_file():
             save_weights(self._captured_base(parts, epochs), weights)
         network = train_plainly(self.make, *parts.before, epochs, weights=weights).cpu()
         assert isinstance(network, nn.Sequential)
         torch.manual_seed(seed)
-        if parts.name == "transfer":
+        if setting.images is None:
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
@@ -227,7 +245,6 @@ class Parts:
     learnt: Labelled
     validation: Labelled
     tested: Labelled
-    name: str
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:
@@ -255,13 +272,12 @@ def main() -> None:
     parser.add_argument("--flow", default="cifar10-fast", help="name or folder")
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18; 64 is the usual")
     parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
-    parser.add_argument("--base-epochs", type=int, default=BASE_EPOCHS["48000"])
     parser.add_argument("--corruptions", action="store_true", help="of the networks there are")
     options = parser.parse_args()
     prepare()
     keep_memory()
     flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
-    study = FineTuning(options.work, flow, options.width, options.batch, options.base_epochs)
+    study = FineTuning(options.work, flow, options.width, options.batch)
     if options.corruptions:
         until = time.monotonic() + 60 * options.minutes
         study.corruptions(options.only or [*ROWS, *AS_LONG], until)
