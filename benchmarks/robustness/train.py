@@ -66,7 +66,7 @@ ROWS = [
     "PGD-AT + JSA + L2 of 1",
     "PGD-AT + JSA + L2 of 1.5",
     "PGD-AT + JSA + L2 of 1.5, quarter of each batch",
-    "PGD-AT + L2 of 1",
+    "PGD-AT + L2 of 1.5, quarter of each batch",
 ]
 L2 = " + L2 of "
 QUARTER = ", quarter of each batch"
