@@ -223,8 +223,8 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
         return Report({"images": 4}, {one.name: one for one in results})
 
     rows = {
-        "PGD-AT": "1000", "PGD-AT + JSA": "1100", "PGD-AT + JSA + L2 of 1": "1111",
-        "TRADES + JSA": "1110",
+        "PGD-AT": "1000", "PGD-AT + JSA": "1100", "PGD-AT + L2 of 1": "1110",
+        "PGD-AT + JSA + L2 of 1": "1111", "TRADES + JSA": "1110", "TRADES + JSA + L2 of 1": "1111",
     }  # fmt: skip
     reports = {
         row: {"best": report("1111"), "last": report(r), "gentle": report("1110")}
@@ -237,6 +237,9 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
     )
     assert attacked["change"].startswith("+25.0")
     assert alone["change"] == ""
-    assert list(found["tables"]) == ["PGD-AT", "TRADES"]
+    assert list(found["tables"]) == ["PGD-AT", "PGD-AT + L2 of 1", "TRADES"]
+    alone, beside = found["tables"]["PGD-AT + L2 of 1"].values()
+    assert alone[1]["change"] == ""
+    assert beside[1]["change"].startswith("+25.0")
     assert found["tables"]["PGD-AT"]["PGD-AT + JSA + L2 of 1"][1]["change"].startswith("+75.0")
     assert found["gentle"]["PGD-AT"]["PGD-AT + JSA"][1]["accuracy"] == 75

@@ -65,8 +65,8 @@ ROWS = [
 ] + [
     "PGD-AT + JSA + L2 of 1",
     "PGD-AT + JSA + L2 of 1.5",
-    "PGD-AT + JSA + L2 of 1.5, quarter of each batch",
     "PGD-AT + L2 of 1.5, quarter of each batch",
+    "PGD-AT + JSA + L2 of 1.5, quarter of each batch",
 ]
 L2 = " + L2 of "
 QUARTER = ", quarter of each batch"
@@ -464,14 +464,17 @@ def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
 def told(reports: Reports) -> dict[str, Any]:
     """What the last networks withstand, and what AutoAttack leaves of the best and the last.
 
-    The changes are those against the training of the same name without anything on top.
+    The changes are those against the training of the same name without anything on top; where it
+    is there, also against the one with the same share in L2 and without the latents.
     """
     found: dict[str, Any] = {"tables": {}, "gentle": {}, "autoattack": {}}
     for row, ours in reports.items():
         base = row.partition(L2)[0].removesuffix(" + JSA").removesuffix(" + IJSAT")
-        theirs = reports[base] if base in reports and base != row else {}
-        for part, name in (("tables", "last"), ("gentle", "gentle")):
-            found[part].setdefault(base, {})[row] = table(ours[name], theirs.get(name))
+        pixels = row.replace(" + JSA", "")
+        for other in (base, pixels) if L2 in row and pixels in reports else (base,):
+            theirs = reports[other] if other in reports and other != row else {}
+            for part, name in (("tables", "last"), ("gentle", "gentle")):
+                found[part].setdefault(other, {})[row] = table(ours[name], theirs.get(name))
         found["autoattack"][row] = {
             name: round(100 * ours[name].accuracy("autoattack"), 2)
             for name in ("last", "best")
