@@ -283,14 +283,18 @@ def _study(
 
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:
-    on_gpu = "NVIDIA" in result["hardware"]
-    how = "each step a CUDA graph, its time that of the step alone" if on_gpu else "one thread"
+    graphs = "each step a CUDA graph, its time that of the step alone"
+    how = graphs if _on_gpu(result) else "one thread"
     chosen = "of the validation images that chose the setting" if result["seed"] == [100] else ""
     return (
         f"{'Accuracy' if chosen else 'Test accuracy'} in % {chosen or 'of the last epoch'}{told}, "
         "means with their 95 % intervals; differences are paired by seed. "
         f"{result['hardware']}, {how}, {result['date']}."
     )
+
+
+def _on_gpu(facts: Mapping[str, Any]) -> bool:
+    return "NVIDIA" in facts["hardware"]
 
 
 def _interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
@@ -337,7 +341,7 @@ def training_tables() -> str:
             epochs = ["" if one is None else f"{one:.1f}" for one in left]
             rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])
         trainings = [result["trainings"][row] for row in tables]
-        if "NVIDIA" in trainings[0]["hardware"]:  # on a CPU other work beside it counts too
+        if _on_gpu(trainings[0]):  # on a CPU other work beside it counts too
             times = [_times(one, trainings[0]) for one in trainings]
             rows.append(["time of the training", "", *times])
         found.append(markdown(head, rows))

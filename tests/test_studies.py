@@ -169,6 +169,7 @@ def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Pa
     study = FineTuning(tmp_path, load_flow("digits"))
     chosen, final = (study.parts_of(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
     assert torch.equal(chosen.tested[0], chosen.validation[0])
+    assert SETTINGS[setting].base == setting.partition(",")[0]  # which is the same
     assert len(final.learnt[1]) == (SETTINGS[setting].images or 500)
     assert len(final.tested[1]) == (5_000 if setting == "transfer" else 10_000)
     shown = {bytes(image.numpy()) for image in final.learnt[0]}
@@ -238,8 +239,8 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
     assert attacked["change"].startswith("+25.0")
     assert alone["change"] == ""
     assert list(found["tables"]) == ["PGD-AT", "PGD-AT + L2 of 1", "TRADES"]
-    alone, beside = found["tables"]["PGD-AT + L2 of 1"].values()
-    assert alone[1]["change"] == ""
-    assert beside[1]["change"].startswith("+25.0")
+    in_pixels, with_latents = found["tables"]["PGD-AT + L2 of 1"].values()
+    assert in_pixels[1]["change"] == ""
+    assert with_latents[1]["change"].startswith("+25.0")
     assert found["tables"]["PGD-AT"]["PGD-AT + JSA + L2 of 1"][1]["change"].startswith("+75.0")
     assert found["gentle"]["PGD-AT"]["PGD-AT + JSA"][1]["accuracy"] == 75
