@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ _NOISE = 0.25
 _SHOWN = 5
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small networks gain little from more threads, which wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(out: Path, source: str = "digits", epochs: int = 12, seed: int = 0) -> Path:
     """Train four networks, compare them in a table, and draw what the attacks do to the first.
 

@@ -50,11 +50,18 @@ def test_the_demo_trains_compares_and_draws(tmp_path: Path) -> None:
 
 
 def test_stopping_the_demo_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    threads, seen = torch.get_num_threads(), []
+
     def interrupted(*_: object) -> None:
+        seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ijsat_aug.demo._table", interrupted)
+    torch.set_num_threads(threads + 1)
     result = run("demo", "--out", tmp_path / "demo", "--epochs", 1)
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert (seen, left) == ([1], threads + 1)  # more threads are slow on a busy machine
     assert result.exit_code == 130
     assert result.output.endswith("Stopped.\n")
     assert not (tmp_path / "demo").exists()
