@@ -87,7 +87,12 @@ class Setting:
     @property
     def base(self) -> str:
         """The name of the base."""
-        return "transfer" if self.images is None else str(self.images)
+        return "transfer" if self.transfers else str(self.images)
+
+    @property
+    def transfers(self) -> bool:
+        """Whether it goes on with new classes."""
+        return self.images is None
 
 
 SETTINGS = {
@@ -148,7 +153,7 @@ class FineTuning(Study):
 
     def also(self, run: Run, trained: Trained) -> Training:
         """What the network makes of corrupted images."""
-        if run.setting == "transfer":
+        if SETTINGS[str(run.setting)].transfers:
             return {}
         device = next(trained.network.parameters()).device
         data = self.damaged(run.seed == TUNING, device)
@@ -165,7 +170,7 @@ class FineTuning(Study):
     def parts_of(self, run: Run) -> Parts:
         """The images of a run."""
         setting = SETTINGS[str(run.setting)]
-        drawn = run.seed if setting.images is None else 0
+        drawn = run.seed if setting.transfers else 0
         return self.parts(setting.images, drawn, run.seed == TUNING)
 
     def _parts(self, count: int | None, seed: int, tuning: bool) -> Parts:
@@ -196,7 +201,7 @@ class FineTuning(Study):
         network = train_plainly(self.make, *parts.before, epochs, weights=weights).cpu()
         assert isinstance(network, nn.Sequential)
         torch.manual_seed(seed)
-        if setting.images is None:
+        if setting.transfers:
             network[-1].reset_parameters()  # type: ignore[operator]
         return network
 
@@ -217,7 +222,7 @@ class FineTuning(Study):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for path in sorted(self.work.glob("*.json"), key=lambda path: path.stem[-1]):
             result = json.loads(path.read_text())
-            wanted = result["row"] in rows and result["setting"] != "transfer"
+            wanted = result["row"] in rows and not SETTINGS[result["setting"]].transfers
             if wanted and "corruptions" not in result and time.monotonic() < until:
                 network = self.make().to(device)
                 network = network.to(memory_format=torch.channels_last)
