@@ -18,6 +18,8 @@ __all__ = ["AugmentedLoader", "collate"]
 
 T = TypeVar("T")
 
+_OWN = ("loader", "transform", "device", "plan", "epoch", "heard")  # the rest is the loader's
+
 
 class AugmentedLoader(Generic[T]):
     """Any iterable of batches, moved to a device and transformed, one at a time.
@@ -37,7 +39,8 @@ class AugmentedLoader(Generic[T]):
             the flow costs; ``len`` counts every showing.
         every: Attack only every so many batches; the others are mixed or left as they are.
         epochs: ``(first, end)``: attack only from epoch ``first`` up to, without it, ``end``, where
-            None is never. Epochs are counted from 0, or told by ``set_epoch``.
+            None is never. Epochs are counted from 0, or told by ``set_epoch`` of this loader or of
+            a sampler in it; tell it where a resumed training begins.
 
     Example:
         >>> from ijsat_aug import RobustMixup
@@ -76,6 +79,7 @@ class AugmentedLoader(Generic[T]):
         self.device = None if device is None else torch.device(device)
         self.plan = Plan(replay, every, epochs or (0, None))
         self.epoch = 0
+        self.heard = self._told()
         if self.plan != Plan() and not isinstance(transform, BatchTransform):
             raise TypeError(
                 "replay, every and epochs tell an attack when to rest: the transform must be one "
@@ -83,6 +87,9 @@ class AugmentedLoader(Generic[T]):
             )
 
     def __iter__(self) -> Iterator[Any]:
+        told = self._told()
+        if told != self.heard:
+            self.epoch = self.heard = told
         move, plan, epoch = _mover(self.device), self.plan, self.epoch
         self.epoch = epoch + 1
         for number, batch in enumerate(self.loader):
@@ -98,18 +105,25 @@ class AugmentedLoader(Generic[T]):
             >>> AugmentedLoader([torch.rand(2, 3, 4, 4)], lambda batch: batch).set_epoch(3)
         """
         self.epoch = epoch
+        counting = self._counting()
+        if counting is not None:
+            counting.set_epoch(epoch)
+
+    def _counting(self) -> Any:
+        """Who else is told the epochs: the loader, a sampler in it, or the dataset."""
         batches = getattr(self.loader, "batch_sampler", None)
-        owners: tuple[Any, ...] = (
+        owners = (
             self.loader,
             getattr(self.loader, "sampler", None),
             batches,
             getattr(batches, "sampler", None),
             getattr(self.loader, "dataset", None),
         )
-        for owner in owners:
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(epoch)
-                return
+        return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
+
+    def _told(self) -> Any:
+        """The epoch that it was told, where it says so."""
+        return getattr(self._counting(), "epoch", None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):  # not there yet while it is being unpickled
@@ -117,7 +131,7 @@ class AugmentedLoader(Generic[T]):
         return getattr(self.loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("loader", "transform", "device", "plan", "epoch") or name.startswith("__"):
+        if name in _OWN or name.startswith("__"):
             object.__setattr__(self, name, value)
         else:
             setattr(self.loader, name, value)

@@ -21,12 +21,12 @@ from .checks import check_blendable, check_flow, check_manifold, check_one_weigh
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
+from .scale import Scale
 from .structure import LabelsGetter, geometry_in
 
 __all__ = ["RobustMixup"]
 
 AnyAttack = BatchTransform | Callable[[Tensor, Tensor], Any]
-_SHARED = ("mean", "std", "model_mode", "amp_dtype", "memory_format")
 
 
 class RobustMixup(BatchTransform):
@@ -46,8 +46,9 @@ class RobustMixup(BatchTransform):
         alpha: Of the Beta distribution; 1 is uniform.
         per_sample: One weight a sample; otherwise one a batch.
         attack: What climbs on the blend: any transform or callable ``(images, targets)``. Without
-            one, PGD in pixel space with the next six settings. A ``BatchTransform`` without a model
-            or a generator gets those of this one.
+            one, PGD in pixel space with the next six settings. What a ``BatchTransform`` lacks of
+            model, generator, ``mean`` and ``std``, ``amp_dtype`` and ``memory_format`` it takes
+            from this one; ``mean`` and ``std`` count for both, whichever has them.
         eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
         norm: Of its ball.
         steps: Its forward and backward passes.
@@ -123,13 +124,10 @@ class RobustMixup(BatchTransform):
         memory_format: torch.memory_format | None = None,
         generator: torch.Generator | int | None = None,
     ) -> None:
-        shared: dict[str, Any] = {
-            "mean": mean, "std": std, "model_mode": model_mode, "amp_dtype": amp_dtype,
-            "memory_format": memory_format,
-        }  # fmt: skip
         super().__init__(
-            model, p=p, fraction=fraction, mode=mode, labels_getter=labels_getter,
-            generator=generator, **shared,
+            model, p=p, fraction=fraction, mode=mode, mean=mean, std=std,
+            labels_getter=labels_getter, model_mode=model_mode, amp_dtype=amp_dtype,
+            memory_format=memory_format, generator=generator,
         )  # fmt: skip
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
@@ -150,12 +148,12 @@ class RobustMixup(BatchTransform):
         if not per_sample:
             check_one_weight(draws, lam_steps)
         self.draws = draws
-        own = {
+        own: dict[str, Any] = {
             "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
             "objective": objective, "random_start": random_start,
         }  # fmt: skip
         if attack is None:
-            built_in = JointSpaceAdv(model, eta=0, **own, **shared)  # type: ignore[arg-type]
+            built_in = JointSpaceAdv(model, eta=0, model_mode=model_mode, **own)
             attack = built_in if eps > 0 else None
         else:
             _check_attack(attack, own)
@@ -183,8 +181,7 @@ class RobustMixup(BatchTransform):
             name: ``"accuracy"``, ``"fast"``, ``"corruptions"`` or ``"robust"``.
             model: The model that is trained; or later, by ``bind``.
             flow: As of :class:`JointSpaceAdv`.
-            **options: Of :class:`RobustMixup`; ``mean``, ``std``, ``amp_dtype``, ``model_mode`` and
-                ``memory_format`` reach the attack too.
+            **options: Of :class:`RobustMixup`; those of the model reach the attack too.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -195,8 +192,8 @@ class RobustMixup(BatchTransform):
         """
         if "attack" in options:
             raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
-        shared = {key: value for key, value in options.items() if key in _SHARED}
-        attack = JointSpaceAdv.preset(name, model, flow, **shared)
+        mode = options.get("model_mode", "eval")
+        attack = JointSpaceAdv.preset(name, model, flow, model_mode=mode)
         return cls(model, attack=attack, **options)
 
     @property
@@ -304,7 +301,14 @@ class RobustMixup(BatchTransform):
         if attack.mode == "append":
             raise ValueError('the attack must return as many images as it gets: mode="replace".')
         model = self.model if attack.model is None else attack.model
-        attack.handle = attack.handle.to(model, "auxiliary" if self.mode == "append" else None)
+        handle = attack.handle.to(model, "auxiliary" if self.mode == "append" else None)
+        handle.amp_dtype = handle.amp_dtype or self.handle.amp_dtype
+        handle.memory_format = handle.memory_format or self.handle.memory_format
+        attack.handle = handle
+        if self.scale == Scale():  # a batch has one normalisation
+            self.scale = attack.scale
+        elif attack.scale == Scale():
+            attack.scale = self.scale
         if attack.random.is_global:
             attack.random = self.random
         attack._seen = self._seen  # looks at values as often as this transform: once on a device

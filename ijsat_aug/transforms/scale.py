@@ -11,7 +11,8 @@ from torch import Tensor
 
 __all__ = ["Scale"]
 
-# Un-normalising leaves [0, 1] by rounding; anything more is a batch in other units.
+# Un-normalising leaves [0, 1] by rounding, that of the batch's own precision where it is low;
+# anything more is a batch in other units.
 _TOLERANCE = 1e-3
 
 
@@ -54,7 +55,8 @@ class Scale:
         if not values or images.numel() == 0:
             return
         low, high = (float(v) for v in self.to_pixels(images.detach()).aminmax())
-        if low >= -_TOLERANCE and high <= 1 + _TOLERANCE:
+        tolerance = _TOLERANCE + torch.finfo(images.dtype).eps
+        if low >= -tolerance and high <= 1 + tolerance:
             return
         if self.mean is None:
             raise ValueError(

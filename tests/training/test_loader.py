@@ -154,6 +154,26 @@ def test_epochs_reach_whoever_counts_them(where, data) -> None:
     assert (batches if where == "batch_sampler" else dataset).epoch == 5
 
 
+def test_a_resumed_training_hears_the_epoch_from_its_sampler(data, network) -> None:
+    """torchvision's, timm's and Lightning's scripts tell the sampler alone."""
+    sampler = DistributedSampler(data, num_replicas=2, rank=0)
+    mix = RobustMixup(network, num_classes=10, eps=0.1)
+    loader = AugmentedLoader(DataLoader(data, 25, sampler=sampler), mix, epochs=(2, 3))
+
+    def attacked(told: int | None = None) -> bool:
+        if told is not None:
+            sampler.set_epoch(told)
+        next(iter(loader))
+        return "loss" in mix.last
+
+    assert [attacked(e) for e in (2, 3)] == [True, False]
+    assert [attacked(e) for e in (0, 1, 2)] == [False, False, True]  # once more from the start
+    assert not attacked()  # nobody tells it: the third
+    loader.set_epoch(2)
+    assert attacked()
+    assert sampler.epoch == 2
+
+
 def test_mappings_keep_their_kind(data) -> None:
     batch = UserDict(x=torch.ones(2), names=["a", "b"])
     (out,) = AugmentedLoader([batch], lambda batch: batch, "cpu")

@@ -190,6 +190,18 @@ def test_mean_of_the_wrong_length(untouchable, flow) -> None:
         adv(X * 4, Y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_rounds_the_normalisation_too(dtype, untouchable) -> None:
+    """timm normalises in the precision of its model."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    shift, scale = (torch.tensor(v).view(3, 1, 1).mul(255).to(dtype) for v in (mean, std))
+    x = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 255)]).to(dtype)
+    adv = JointSpaceAdv(untouchable, eta=0, eps=0, mean=mean, std=std)
+    adv.check((x - shift) / scale, None)
+    with pytest.raises(ValueError, match="outside"):
+        adv.check((x * 1.05 - shift) / scale, None)
+
+
 def test_unknown_and_missing_arguments(untouchable, flow) -> None:
     with pytest.raises(TypeError, match="epsilon"):
         JointSpaceAdv(untouchable, flow, epsilon=0.1)  # type: ignore[call-arg]

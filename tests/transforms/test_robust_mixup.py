@@ -421,6 +421,35 @@ def test_an_attack_returns_the_images(out, digits, labels) -> None:
         mix(digits[:4], labels[:4])
 
 
+@pytest.mark.parametrize("given_to", ["the mixup", "the attack", "both"])
+def test_mean_and_std_count_for_both(given_to, net, digits, labels, flow) -> None:
+    units = {"mean": [0.5], "std": [0.25]}
+    attack = JointSpaceAdv(net, flow, **({} if given_to == "the mixup" else units))
+    mix = RobustMixup(
+        net, num_classes=10, attack=attack, generator=0,
+        **({} if given_to == "the attack" else units),
+    )  # fmt: skip
+    x, t = mix((digits - 0.5) / 0.25, labels)
+    assert mix.last["latent_norm"].min() > 0
+    same = RobustMixup(
+        lambda image: net((image - 0.5) / 0.25), num_classes=10, generator=0,
+        attack=JointSpaceAdv(None, flow),
+    )  # fmt: skip
+    expected, targets = same(digits, labels)
+    assert torch.equal(t, targets)
+    assert torch.allclose(x * 0.25 + 0.5, expected, atol=1e-5)
+
+
+def test_an_attack_takes_the_precision_that_it_lacks(net, flow) -> None:
+    options = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    low = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, flow), **options)
+    assert low.attack.handle.amp_dtype == torch.bfloat16
+    assert low.attack.handle.memory_format == torch.channels_last
+    own = JointSpaceAdv(net, flow, amp_dtype=torch.float32)
+    low = RobustMixup(net, num_classes=10, attack=own, **options)
+    assert low.attack.handle.amp_dtype == torch.float32
+
+
 def test_a_seed_governs_the_attack_too(net, digits, labels, flow) -> None:
     def make() -> RobustMixup:
         attack = JointSpaceAdv(net, flow, eps=0.05)
