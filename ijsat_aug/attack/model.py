@@ -154,7 +154,9 @@ class ModelHandle:
         return _without_model, (self.mode, self.amp_dtype, self.memory_format, self.route)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
-        return self  # a handle is shared, the model is not copied
+        # The model is shared, unless it is copied beside this: a module may hold both.
+        twin = memo.get(id(self.model))
+        return self if twin is None else self.to(twin)
 
 
 def _seed(device: torch.device, seed: int) -> None:

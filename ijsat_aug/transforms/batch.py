@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,9 @@ __all__ = ["BatchTransform"]
 
 Self = TypeVar("Self", bound="BatchTransform")
 
+# Of samples that were left as they were; all else is 0 of them.
+_OF_OTHERS = {"lam": 1.0, "loss": math.nan, "loss_start": math.nan}
+
 
 class BatchTransform(nn.Module):
     """A transform of whole batches that asks a model.
@@ -34,7 +38,8 @@ class BatchTransform(nn.Module):
         model: The model that is attacked; it may come later, by :meth:`bind`. A model that draws
             random numbers even in eval mode draws them from the global state.
         p: Probability that a batch is transformed at all.
-        fraction: Share of the samples of a batch that is transformed, chosen at random.
+        fraction: Share of the samples of a batch that is transformed, chosen at random; one at
+            least.
         mode: ``"replace"`` the samples, or ``"append"`` the new ones behind the clean batch, as
             second half for split BatchNorm, through whose auxiliary branch they are then made;
             items other than images and labels stay as they are.
@@ -48,7 +53,8 @@ class BatchTransform(nn.Module):
         generator: A generator or a seed; the global random state is then left alone.
 
     Attributes:
-        last: Detached tensors about the last batch; empty when it was left as it was.
+        last: Detached tensors about the last batch; of samples that were left as they were a move
+            of 0 and a loss of NaN. Empty when all were.
 
     Example:
         >>> class Darker(BatchTransform):
@@ -128,8 +134,13 @@ class BatchTransform(nn.Module):
         if not self.training:
             return batch[0] if len(batch) == 1 else batch
         parts = take_apart(batch, self.labels_getter)
+        if parts.labels is None and self.labels_getter == "default" and _more_than_images(batch):
+            self.find_no_labels()
         images, labels, _ = self.augment(parts.images, parts.labels)
         return parts.rebuild(images, labels)
+
+    def find_no_labels(self) -> None:
+        """Called where a batch holds more than images, and no labels under a usual name."""
 
     def augment(
         self, images: Tensor, labels: Any, params: dict[str, Any] | EllipsisType | None = ...
@@ -149,8 +160,6 @@ class BatchTransform(nn.Module):
             >>> bool((mix.augment(x, y, params)[0] == once).all())
             True
         """
-        check_place()
-        check_images(images)
         if self.model is None and self.needs_model:
             raise ValueError(
                 f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
@@ -173,14 +182,18 @@ class BatchTransform(nn.Module):
             >>> y.shape
             torch.Size([3, 3])
         """
-        check_place()
-        check_images(images)
         labels = self._admitted(images, labels)[1]
         self._seen.add(images.device)
-        return images.detach(), labels
+        images = images.detach()
+        if self.mode == "append":
+            twice = torch.cat([images, images]).as_subclass(type(images))
+            return twice, _joined(labels, labels, len(images))
+        return images, labels
 
     def _admitted(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The batch after all checks: images without torchvision's type, labels as they leave."""
+        check_place()
+        check_images(images)
         plain = images.as_subclass(Tensor)
         self.check(plain, labels)
         self.last = {}
@@ -201,7 +214,8 @@ class BatchTransform(nn.Module):
             return self.make_params(images, labels)
         if len(index) == 0:
             return None
-        return {"index": index, **self.make_params(images[index], pick(labels, index))}
+        some = pick(labels, index, len(images))
+        return {"index": index, **self.make_params(images[index], some)}
 
     def choose_samples(self, images: Tensor, scores: Tensor | None = None) -> Tensor | None:
         """Which samples ``p`` and ``fraction`` choose, in order; None where it is all of them.
@@ -216,7 +230,8 @@ class BatchTransform(nn.Module):
             tensor([1, 3])
         """
         count = len(images)
-        chosen = round(self.fraction * count) if self.random.chance(self.p) else 0
+        share = self.fraction * count if self.random.chance(self.p) else 0
+        chosen = max(1, round(share)) if share else 0
         if chosen == count > 0:
             return None
         if chosen == 0:
@@ -230,13 +245,17 @@ class BatchTransform(nn.Module):
         """The new batch, given what :meth:`draw` drew."""
         index = params.get("index")
         rest = {name: value for name, value in params.items() if name != "index"}
-        some = (images, labels) if index is None else (images[index], pick(labels, index))
+        count = len(images)
+        some = (images, labels)
+        if index is not None:
+            some = images[index], pick(labels, index, count)
         new_images, new_labels = self.transform(*some, rest)
         images = images.detach()
         if self.mode == "append":
-            return torch.cat([images, new_images]), _joined(labels, new_labels)
+            return torch.cat([images, new_images]), _joined(labels, new_labels, count)
         if index is None:
             return new_images, new_labels
+        self.last = spread(self.last, index, count)
         images = images.clone()
         images[index] = new_images
         return images, labels if new_labels is some[1] else labels.index_copy(0, index, new_labels)
@@ -284,10 +303,60 @@ class BatchTransform(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in kept.items())
 
 
-def pick(labels: Any, index: Tensor) -> Any:
-    """The labels of some samples; what is no tensor stays whole."""
-    return labels[index] if isinstance(labels, Tensor) else labels
+def _more_than_images(batch: tuple[Any, ...]) -> bool:
+    (first, *rest) = batch
+    return bool(rest) or (isinstance(first, (tuple, list, Mapping)) and len(first) > 1)
 
 
-def _joined(labels: Any, new: Any) -> Any:
-    return torch.cat([labels, new]) if isinstance(labels, Tensor) else labels
+def pick(labels: Any, index: Tensor, count: int) -> Any:
+    """The labels of some of ``count`` samples.
+
+    Example:
+        >>> labels = {"kind": torch.tensor([3, 1, 4]), "path": ["a", "b", "c"]}
+        >>> pick(labels, torch.tensor([0, 2]), 3)
+        {'kind': tensor([3, 4]), 'path': ['a', 'c']}
+    """
+    if isinstance(labels, Tensor):
+        return labels[index]
+    if isinstance(labels, Mapping):
+        return {name: pick(value, index, count) for name, value in labels.items()}
+    if _are_fields(labels, count):
+        return [pick(field, index, count) for field in labels]
+    if isinstance(labels, (list, tuple)) and len(labels) == count:
+        return [labels[i] for i in index.tolist()]
+    return labels
+
+
+def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:
+    """What is known of some of ``count`` samples, as of all of them.
+
+    Example:
+        >>> facts = {"loss": torch.tensor([2.0]), "pixel_norm": torch.tensor([0.1])}
+        >>> spread(facts, torch.tensor([1]), 3)
+        {'loss': tensor([nan, 2., nan]), 'pixel_norm': tensor([0.0000, 0.1000, 0.0000])}
+    """
+    whole = {}
+    for name, fact in facts.items():
+        whole[name] = fact.new_full((count, *fact.shape[1:]), _OF_OTHERS.get(name, 0))
+        whole[name][index] = fact
+    return whole
+
+
+def _are_fields(labels: Any, count: int) -> bool:
+    """Whether a list holds several labels of every sample, not one label a sample."""
+    return isinstance(labels, (list, tuple)) and all(
+        isinstance(field, Tensor) and field.ndim > 0 and len(field) == count for field in labels
+    )
+
+
+def _joined(labels: Any, new: Any, count: int) -> Any:
+    """The labels of ``count`` samples, and those of the new ones behind them."""
+    if isinstance(labels, Tensor):
+        return torch.cat([labels, new])
+    if isinstance(labels, Mapping):
+        return {name: _joined(value, new[name], count) for name, value in labels.items()}
+    if _are_fields(labels, count):
+        return [_joined(*fields, count) for fields in zip(labels, new, strict=True)]
+    if isinstance(labels, (list, tuple)) and len(labels) == count:
+        return [*labels, *new]
+    return labels

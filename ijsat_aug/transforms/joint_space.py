@@ -19,7 +19,7 @@ from ..attack.objectives import Objective
 from ..flows.calibration import recommended_eta
 from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import Tiles, at_size
-from .batch import BatchTransform, pick
+from .batch import BatchTransform, pick, spread
 from .checks import check_channels, check_manifold, find_flow
 from .climb import climb, climb_along
 from .labels import as_target
@@ -90,8 +90,9 @@ class JointSpaceAdv(BatchTransform):
 
     Attributes:
         last: Of the last batch, ``(B,)`` each: ``loss_start``; ``loss`` of the last image that the
-            model saw; ``pixel_norm`` and ``latent_norm`` of the moves; ``fallback``, where a
-            gradient or a decode was not finite and the image came back as it was.
+            model saw, NaN where a sample was left alone; ``pixel_norm`` and ``latent_norm`` of the
+            moves; ``fallback``, where a gradient or a decode was not finite and the image came back
+            as it was.
 
     Example:
         >>> import ijsat_aug
@@ -167,7 +168,7 @@ class JointSpaceAdv(BatchTransform):
         self.target = target
         self.random_start = random_start
         self.choose = choose
-        self._told = False
+        self._told: set[str] = set()
         self._asked: set[torch.device] = set()  # where the model's logits were looked at
 
     @classmethod
@@ -214,13 +215,22 @@ class JointSpaceAdv(BatchTransform):
         """The flow, on the device of the last batch."""
         return self._flow[0]
 
+    def find_no_labels(self) -> None:
+        """Say once what the attack climbs instead."""
+        if self.target == "label" and self.threat.objective != "kl":
+            self._tell_once(
+                "the batch has no labels under a usual name, so that the attack leads away from "
+                "the model's own prediction: tell where they are by labels_getter=, or say that "
+                'it is meant by target="prediction".'
+            )
+
     def check(self, images: Tensor, labels: Any) -> None:
         """Refuse a bad batch before anything runs."""
         super().check(images, labels)
         if self.threat.moves_latent:
             flow = check_channels(self.flow, images)
             if tuple(flow.shape[1:]) != tuple(images.shape[2:]):
-                self._tell_once(flow, images)
+                self._tell_once(_of_another_size(flow, images))
             if needs_labels(flow):
                 self._classes(images, labels)
         self._labels(images, labels)
@@ -284,6 +294,10 @@ class JointSpaceAdv(BatchTransform):
             >>> adv.follow(x, None, torch.tensor([[[[3.0, -0.1]]]]))
             tensor([[[[0.7500, 0.2500]]]])
         """
+        if self.mode == "append":
+            raise ValueError(
+                'a replay moves the batch itself: it needs mode="replace", not "append".'
+            )
         step = _step_of(self.threat, self.target)
         self.last = {}
         scores = None
@@ -294,7 +308,9 @@ class JointSpaceAdv(BatchTransform):
             return self._along(step, images, labels, gradient)
         if len(index) == 0:
             return images.detach()
-        moved = self._along(step, images[index], pick(labels, index), gradient[index])
+        some = pick(labels, index, len(images))
+        moved = self._along(step, images[index], some, gradient[index])
+        self.last = spread(self.last, index, len(images))
         return images.detach().index_copy(0, index, moved)
 
     def _along(self, step: Threat, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
@@ -334,19 +350,10 @@ class JointSpaceAdv(BatchTransform):
             self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
         return check_manifold(self._fit[1])
 
-    def _tell_once(self, flow: Manifold, images: Tensor) -> None:
-        if not self._told:
-            self._told = True
-            one, two = ("x".join(map(str, s)) for s in (flow.shape[1:], images.shape[2:]))
-            then = (
-                "as many tiles move as cover it (ijsat_aug.flows.Tiles)."
-                if isinstance(flow, Tiles)
-                else "their low band moves on its manifold, finer detail stays "
-                "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
-            )
-            warnings.warn(
-                f"the flow takes images of {one}, the batch has {two}: {then}", stacklevel=2
-            )
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def _classes(self, images: Tensor, labels: Any) -> Tensor:
         """What a conditional flow gets to know."""
@@ -368,6 +375,17 @@ class JointSpaceAdv(BatchTransform):
         uniform = partial(self.random.uniform, device=device)
         normal = partial(self.random.normal, device=device)
         return unit_ball(norm, shape, uniform, normal)
+
+
+def _of_another_size(flow: Manifold, images: Tensor) -> str:
+    one, two = ("x".join(map(str, s)) for s in (flow.shape[1:], images.shape[2:]))
+    then = (
+        "as many tiles move as cover it (ijsat_aug.flows.Tiles)."
+        if isinstance(flow, Tiles)
+        else "their low band moves on its manifold, finer detail stays "
+        "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
+    )
+    return f"the flow takes images of {one}, the batch has {two}: {then}"
 
 
 def _step_of(threat: Threat, target: Target) -> Threat:

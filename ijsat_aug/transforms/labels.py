@@ -14,10 +14,15 @@ __all__ = ["as_target", "check_logits", "soft_labels"]
 _NO_LABELS = ("BoundingBoxes", "KeyPoints", "Mask", "Video")
 
 
-def as_target(labels: Tensor, count: int, *, values: bool) -> Tensor:
+_OBJECTIVE = "for other targets pass a callable objective."
+_BLENDS = "blends have no others; JointSpaceAdv takes them with a callable objective."
+
+
+def as_target(labels: Tensor, count: int, *, values: bool, others: str = _OBJECTIVE) -> Tensor:
     """Labels as the objectives take them: int64 classes or floating probabilities.
 
-    ``values`` looks at the probabilities too, which costs a host sync.
+    ``values`` looks at the probabilities too, which costs a host sync; ``others`` says what to do
+    with labels that are neither.
     """
     if not isinstance(labels, Tensor) or type(labels).__name__ in _NO_LABELS:
         raise TypeError(
@@ -36,8 +41,7 @@ def as_target(labels: Tensor, count: int, *, values: bool) -> Tensor:
             )
         if values and count and not _are_probabilities(labels):
             raise ValueError(
-                "floating labels must be probabilities: rows >= 0 that sum to 1; for other targets "
-                "pass a callable objective."
+                f"floating labels must be probabilities: rows >= 0 that sum to 1; {others}"
             )
         return labels if labels.dtype == torch.float64 else labels.float()
     if labels.ndim != 1:
@@ -60,7 +64,7 @@ def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: boo
             "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
             "are in the batch."
         )
-    target = as_target(labels, count, values=values)
+    target = as_target(labels, count, values=values, others=_BLENDS)
     if target.ndim == 2:
         if num_classes is not None and target.shape[1] != num_classes:
             raise ValueError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from .structure import LabelsGetter, geometry_in
 __all__ = ["RobustMixup"]
 
 AnyAttack = BatchTransform | Callable[[Tensor, Tensor], Any]
+_BUILT_IN = ("eps", "norm", "steps", "step_size", "objective", "random_start")
 
 
 class RobustMixup(BatchTransform):
@@ -46,9 +49,9 @@ class RobustMixup(BatchTransform):
         alpha: Of the Beta distribution; 1 is uniform.
         per_sample: One weight a sample; otherwise one a batch.
         attack: What climbs on the blend: any transform or callable ``(images, targets)``. Without
-            one, PGD in pixel space with the next six settings. What a ``BatchTransform`` lacks of
-            model, generator, ``mean`` and ``std``, ``amp_dtype`` and ``memory_format`` it takes
-            from this one; ``mean`` and ``std`` count for both, whichever has them.
+            one, PGD in pixel space with the next six settings. A ``BatchTransform`` is copied; what
+            it lacks of model, generator, ``mean`` and ``std``, ``amp_dtype`` and ``memory_format``
+            it takes from this one, and ``mean`` and ``std`` this one from it.
         eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
         norm: Of its ball.
         steps: Its forward and backward passes.
@@ -71,7 +74,8 @@ class RobustMixup(BatchTransform):
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
         labels_getter: Where the labels are; see :class:`BatchTransform`.
-        model_mode: ``"eval"`` freezes BatchNorm and dropout while the attack runs.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the built-in attack runs, or the
+            mixing weights climb; ``attack`` has its own.
         amp_dtype: Autocast of the model in the attack; by default the caller's.
         memory_format: Of the images inside the attack.
         generator: A generator or a seed; the global random state is then left alone.
@@ -133,7 +137,8 @@ class RobustMixup(BatchTransform):
             raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws must be an integer >= 1, got {draws!r}.")
-        if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 2):
+        integer = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+        if num_classes is not None and not (integer and num_classes >= 2):
             raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}.")
         self.mix = Mix(
             lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size,
@@ -144,7 +149,8 @@ class RobustMixup(BatchTransform):
         self._flow = (find_flow(flow),)
         if space != "pixel":
             check_manifold(self._flow[0])
-        self.num_classes, self.alpha, self.per_sample = num_classes, alpha, per_sample
+        self.num_classes = None if num_classes is None else int(num_classes)
+        self.alpha, self.per_sample = alpha, per_sample
         if not per_sample:
             check_one_weight(draws, lam_steps)
         self.draws = draws
@@ -157,6 +163,8 @@ class RobustMixup(BatchTransform):
             attack = built_in if eps > 0 else None
         else:
             _check_attack(attack, own)
+        if isinstance(attack, BatchTransform):
+            attack = copy.copy(attack)  # the caller's own stays as it is
         # Only ours is a submodule: any other may hold the model itself.
         self.climb = attack if isinstance(attack, BatchTransform) else None
         self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)
@@ -181,7 +189,8 @@ class RobustMixup(BatchTransform):
             name: ``"accuracy"``, ``"fast"``, ``"corruptions"`` or ``"robust"``.
             model: The model that is trained; or later, by ``bind``.
             flow: As of :class:`JointSpaceAdv`.
-            **options: Of :class:`RobustMixup`; those of the model reach the attack too.
+            **options: Of :class:`RobustMixup`, or of :class:`JointSpaceAdv` for the attack, which
+                gets those that both have as its built-in attack would.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -192,8 +201,13 @@ class RobustMixup(BatchTransform):
         """
         if "attack" in options:
             raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
+        ours = inspect.signature(RobustMixup.__init__).parameters
+        theirs = {n: v for n, v in options.items() if n in _BUILT_IN or n not in ours}
+        options = {n: v for n, v in options.items() if n not in theirs}
         mode = options.get("model_mode", "eval")
-        attack = JointSpaceAdv.preset(name, model, flow, model_mode=mode)
+        attack = JointSpaceAdv.preset(name, model, flow, model_mode=mode, **theirs)
+        if options.get("space", "pixel") != "pixel":
+            options["flow"] = attack.flow
         return cls(model, attack=attack, **options)
 
     @property
@@ -241,8 +255,8 @@ class RobustMixup(BatchTransform):
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""
-        plain = images.as_subclass(Tensor)
-        targets = super().calm(images, labels)[1]
+        plain, targets = self._admitted(images, labels)
+        self._seen.add(images.device)
         params = self.draw(plain, targets)
         if params is None:
             return images.detach(), targets
@@ -305,10 +319,12 @@ class RobustMixup(BatchTransform):
         handle.amp_dtype = handle.amp_dtype or self.handle.amp_dtype
         handle.memory_format = handle.memory_format or self.handle.memory_format
         attack.handle = handle
-        if self.scale == Scale():  # a batch has one normalisation
-            self.scale = attack.scale
-        elif attack.scale == Scale():
-            attack.scale = self.scale
+        if not self.scale.agrees(attack.scale):
+            raise ValueError(
+                "the transform and its attack have different mean and std, and a batch has one "
+                "normalisation: give it to either."
+            )
+        self.scale = attack.scale = attack.scale if self.scale == Scale() else self.scale
         if attack.random.is_global:
             attack.random = self.random
         attack._seen = self._seen  # looks at values as often as this transform: once on a device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,6 +45,17 @@ class Scale:
             raise ValueError(f"every std must be > 0, got {stds}.")
         return cls(means, stds)
 
+    def agrees(self, other: Scale) -> bool:
+        """Whether a batch may be of both.
+
+        Example:
+            >>> one = Scale.of(0.5, 0.25)
+            >>> one.agrees(Scale.of([0.5] * 3, [0.25] * 3)), one.agrees(Scale.of(0.4, 0.25))
+            (True, False)
+        """
+        pairs = ((self.mean, other.mean), (self.std, other.std))
+        return all(v is None or w is None or _wide(v, w) == _wide(w, v) for v, w in pairs)
+
     def check(self, images: Tensor, *, values: bool) -> None:
         """Whether the batch is what this scale says; ``values`` costs a host sync."""
         channels = images.shape[1]
@@ -55,6 +67,10 @@ class Scale:
         if not values or images.numel() == 0:
             return
         low, high = (float(v) for v in self.to_pixels(images.detach()).aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                "the batch holds NaN or infinite values: look for them where it comes from."
+            )
         tolerance = _TOLERANCE + torch.finfo(images.dtype).eps
         if low >= -tolerance and high <= 1 + tolerance:
             return
@@ -109,6 +125,10 @@ class Scale:
 def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device).reshape(1, -1, 1, 1)
+
+
+def _wide(values: tuple[float, ...], like: tuple[float, ...]) -> tuple[float, ...]:
+    return values * len(like) if len(values) == 1 else values
 
 
 def _floats(values: Sequence[float] | float) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from ijsat_aug import AugmentedLoader, RobustMixup
+from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
 from ijsat_aug.training import collate
 
 Pair = namedtuple("Pair", "image label")
@@ -172,6 +172,22 @@ def test_a_resumed_training_hears_the_epoch_from_its_sampler(data, network) -> N
     loader.set_epoch(2)
     assert attacked()
     assert sampler.epoch == 2
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_appended_batches_keep_their_size_when_the_attack_rests(every, data, network) -> None:
+    adv = JointSpaceAdv(network, "digits", mode="append")
+    loader = AugmentedLoader(DataLoader(data, 10), adv, every=every, epochs=(0, 1))
+    for _ in range(2):
+        for x, y in loader:
+            assert x.shape == (20, 1, 8, 8)
+            assert torch.equal(y[:10], y[10:])
+    assert torch.equal(x[:10], x[10:])  # the second epoch
+    batches = iter(AugmentedLoader(DataLoader(data, 10), adv, replay=2))
+    x, y = next(batches)
+    F.cross_entropy(network(x), y).backward()
+    with pytest.raises(ValueError, match='needs mode="replace"'):
+        next(batches)
 
 
 def test_mappings_keep_their_kind(data) -> None:

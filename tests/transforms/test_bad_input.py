@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
 
-from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.transforms.functional import joint_space_adv
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
@@ -34,7 +35,7 @@ def untouchable() -> nn.Module:
         ((255 * X).long(), TypeError, r"int64.*divide"),
         (255 * X, ValueError, r"outside \[0, 1\].*mean= and std=.*255"),
         (X - 0.5, ValueError, r"values from -0\.\d+ to 0\.\d+, outside"),
-        (X * torch.nan, ValueError, "values from nan"),
+        (X * torch.nan, ValueError, "NaN or infinite"),
         (X[0], ValueError, r"\(1, 8, 8\).*\(B, C, H, W\).*collated"),
         (X[None], ValueError, r"\(B, C, H, W\)"),
         (["a", "b"], TypeError, "must be a tensor"),
@@ -200,6 +201,26 @@ def test_a_low_precision_rounds_the_normalisation_too(dtype, untouchable) -> Non
     adv.check((x - shift) / scale, None)
     with pytest.raises(ValueError, match="outside"):
         adv.check((x * 1.05 - shift) / scale, None)
+
+
+def test_labels_under_an_unknown_name_are_told_of_once(network, flow) -> None:
+    batch = {"img": X, "fine_label": Y}
+    adv = JointSpaceAdv(network, flow)
+    with pytest.warns(UserWarning, match=r"no labels under a usual name.*labels_getter="):
+        adv(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adv(batch)
+        JointSpaceAdv(network, flow, labels_getter="fine_label")(batch)
+        JointSpaceAdv(network, flow, target="prediction")(batch)
+        JointSpaceAdv(network, flow)(X)
+
+
+def test_blends_of_labels_that_are_no_probabilities(network) -> None:
+    several = torch.ones(len(X), 10)
+    mix = RobustMixup(network, objective=lambda logits, labels: logits.sum(1))
+    with pytest.raises(ValueError, match="blends have no others; JointSpaceAdv takes them"):
+        mix(X, several)
 
 
 def test_unknown_and_missing_arguments(untouchable, flow) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ijsat_aug import BatchTransform, JointSpaceAdv
+from ijsat_aug import BatchTransform, JointSpaceAdv, RobustMixup
 
 Named = namedtuple("Named", "image label path")
 
@@ -210,6 +211,57 @@ def test_a_model_can_come_later(network, digits, labels) -> None:
     assert adv.bind(network) is adv
     assert adv.handle.mode == "train"
     adv(digits[:2], labels[:2])
+
+
+def test_who_is_copied_with_the_model_attacks_the_copy(network, digits, labels) -> None:
+    class Lit(nn.Module):  # as in the recipe for Lightning
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network
+            self.augment = RobustMixup(network, num_classes=10)
+
+    one = Lit()
+    two = copy.deepcopy(one)
+    assert two.augment.model is two.net is not network
+    assert two.augment.attack.model is two.net
+    assert one.augment.model is copy.deepcopy(one.augment).model is network
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (torch.Tensor.tolist, torch.tensor),
+        (lambda y: {"kind": y}, lambda some: some["kind"]),
+        (lambda y: [y, 9 - y], lambda some: some[0]),
+    ],
+)
+def test_an_objective_gets_the_labels_of_the_chosen_samples(
+    pack, unpack, network, digits, labels
+) -> None:
+    seen = []
+
+    def objective(logits, some):
+        seen.append(some)
+        return logits[:, 0]
+
+    x, y = digits[:8], labels[:8]
+    given = pack(y)
+    adv = JointSpaceAdv(
+        network, eta=0, eps=0.1, fraction=0.25, objective=objective, labels_getter=lambda b: b[1],
+        generator=0,
+    )  # fmt: skip
+    moved, same = adv(x, given)
+    assert same is given
+    index = (moved != x).flatten(1).any(1).nonzero().flatten()
+    assert len(index) == 2
+    assert torch.equal(unpack(seen[0]), y[index])
+
+
+def test_a_small_fraction_of_a_small_batch_is_one_sample(network, digits, labels) -> None:
+    for count in (1, 4):
+        adv = JointSpaceAdv(network, eta=0, eps=0.1, fraction=0.1)
+        moved, _ = adv(digits[:count], labels[:count])
+        assert int((moved != digits[:count]).flatten(1).any(1).sum()) == 1
 
 
 def test_a_base_class_is_abstract(digits) -> None:

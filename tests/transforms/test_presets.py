@@ -81,6 +81,17 @@ def test_options_reach_mixing_and_attack(net, flow) -> None:
     assert mix.attack.flow is flow
 
 
+def test_options_of_the_attack_reach_it_through_the_mixup(net, flow, digits, labels) -> None:
+    mix = RobustMixup.preset(
+        "robust", net, flow, num_classes=10, eps=4 / 255, latent_norm="l2", eta=0.5, fraction=0.5
+    )
+    threat = mix.attack.threat
+    assert (threat.eps, threat.steps, threat.latent_norm, threat.eta) == (4 / 255, 7, "l2", 0.5)
+    assert (mix.fraction, mix.attack.fraction) == (0.5, 1.0)
+    mix = RobustMixup.preset("accuracy", net, flow, num_classes=10, space="latent")
+    assert torch.isfinite(mix(digits, labels)[0]).all()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_attack_alone_is_that_on_the_blends(name, net, digits, labels) -> None:
     attack = JointSpaceAdv.preset(name, net, "digits", generator=0)
@@ -116,8 +127,8 @@ def test_a_wrong_call_says_what_there_is(net) -> None:
         RobustMixup.preset("acuracy", net)
     with pytest.raises(ValueError, match="a preset brings its attack"):
         RobustMixup.preset("accuracy", net, attack=lambda x, y: x)
-    with pytest.raises(ValueError, match="belong to the built-in attack"):
-        RobustMixup.preset("accuracy", net, "digits", eps=0.1)
+    with pytest.raises(TypeError, match="epsilon"):
+        RobustMixup.preset("accuracy", net, "digits", epsilon=0.1)
 
 
 def test_the_methods_page_tells_of_each() -> None:

@@ -440,6 +440,42 @@ def test_mean_and_std_count_for_both(given_to, net, digits, labels, flow) -> Non
     assert torch.allclose(x * 0.25 + 0.5, expected, atol=1e-5)
 
 
+def test_an_attack_of_other_units_is_refused(net, flow) -> None:
+    attack = JointSpaceAdv(net, flow, mean=0.4, std=0.25)
+    with pytest.raises(ValueError, match="different mean and std"):
+        RobustMixup(net, num_classes=10, attack=attack, mean=0.5, std=0.25)
+    RobustMixup(net, num_classes=10, attack=attack, mean=[0.4], std=[0.25])
+
+
+def test_the_callers_attack_stays_as_it_is(net, flow) -> None:
+    attack = JointSpaceAdv(None, flow)
+    first, second = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    units = {"mean": 0.5, "std": 0.5, "generator": 0}
+    one = RobustMixup(first, num_classes=10, attack=attack, mode="append", **units)
+    two = RobustMixup(second, num_classes=10, attack=attack)
+    assert (one.attack.model, two.attack.model, attack.model) == (first, second, None)
+    assert (one.attack.handle.route, attack.handle.route) == ("auxiliary", "clean")
+    assert attack.scale == two.scale != one.scale
+    one.eval()
+    assert attack.training
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_what_is_told_of_a_part_of_a_batch_has_a_place_for_all(
+    space, net, digits, labels, flow
+) -> None:
+    attack = JointSpaceAdv(net, flow, fraction=0.5)
+    place = {"space": space, "flow": flow} if space == "latent" else {}
+    mix = RobustMixup(net, num_classes=10, attack=attack, fraction=0.5, generator=0, **place)
+    mix(digits, labels)
+    count = len(digits)
+    assert {tuple(fact.shape) for fact in mix.last.values()} == {(count,)}
+    assert int((mix.last["latent_norm"] > 0).sum()) == count // 4
+    assert int(mix.last["loss"].isfinite().sum()) == count // 4
+    assert int((mix.last["lam"] < 1).sum()) == count // 2
+    assert not mix.last["fallback"].any()
+
+
 def test_an_attack_takes_the_precision_that_it_lacks(net, flow) -> None:
     options = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
     low = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, flow), **options)
