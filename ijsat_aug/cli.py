@@ -43,9 +43,9 @@ Normalisation = Annotated[
     str | None, typer.Option(metavar="R,G,B", help="Normalisation of the model.")
 ]
 Root = Annotated[Path | None, typer.Option(help="Where torchvision data lie.")]
-Size = Annotated[int | None, typer.Option(help="Resize and crop images to this.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Resize and crop images to this.")]
 Weights = Annotated[
-    str | None, typer.Option(help="State dict for the model; DEFAULT: torchvision's own.")
+    str | None, typer.Option(help="State dict: a file, file.pt:key, or torchvision's own: DEFAULT.")
 ]
 
 
@@ -134,7 +134,7 @@ def show(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("gallery.png"),
     rows: Annotated[int, typer.Option(min=1, help="How many images.")] = 6,
     size: Annotated[
-        int | None, typer.Option(help="Resize and crop to this; by default the flow's size.")
+        int | None, typer.Option(min=1, help="Resize and crop to this; by default the flow's size.")
     ] = None,
     eps: Annotated[str, typer.Option(help="Pixel radius, in [0, 1] pixels.")] = "8/255",
     eta: Annotated[

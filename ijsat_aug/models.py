@@ -25,9 +25,12 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
 
     Args:
         source: ``"package.module:function"`` or ``"file.py:function"``, a function without
-            arguments that returns the model; or the name of a torchvision classifier.
+            arguments that returns the model, or the model itself; or the name of a torchvision
+            classifier.
         weights: A state dict, as ``.safetensors`` or as a ``.pt`` / ``.pth`` file of tensors alone
-            (nothing else is unpickled). For a torchvision model also ``"DEFAULT"``, its own.
+            (nothing else is unpickled); ``"file.pt:ema"`` is that under the key ``ema``. What DDP,
+            compile, Lightning, ``AveragedModel`` and split BatchNorm add to a model is left out.
+            For a torchvision model also ``"DEFAULT"``, its own.
 
     Example:
         >>> model = load_model("torch.nn:Flatten")
@@ -37,7 +40,7 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
     if ":" in source:
         model = _call(*source.rsplit(":", 1))
         if weights is not None:
-            _fill(model, _state(Path(weights)), weights)
+            _fill(model, _state(weights), weights)
     else:
         model = _torchvision(source, weights)
     return model.eval()
@@ -70,7 +73,7 @@ def _call(place: str, name: str) -> nn.Module:
     make = getattr(module, name, None)
     if not callable(make):
         raise ValueError(f"{place} has no function {name!r}.")
-    model = make()
+    model = make if isinstance(make, nn.Module) else make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"{place}:{name}() must return a module, got {type(model).__name__}.")
     return model
@@ -121,10 +124,10 @@ def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
     if str(weights) == "DEFAULT":
         model: nn.Module = models.get_model(name, weights="DEFAULT")
         return model
-    state = _state(Path(weights))
+    state = _state(weights)
     model = models.get_model(name)
     last = list(model.state_dict())[-1]  # the classifier's bias; a file may have another order
-    state = _without_prefix(state, set(model.state_dict()))
+    state = _of_the_model(state, set(model.state_dict()))
     if last not in state:
         raise ValueError(f"{weights} holds no {last!r}, so that it does not fit {name}.")
     model = models.get_model(name, num_classes=len(state[last]))
@@ -132,7 +135,11 @@ def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
     return model
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def _state(weights: str | Path) -> dict[str, Tensor]:
+    path, key = Path(weights), None
+    if not path.exists() and ":" in path.name:
+        name, _, key = path.name.rpartition(":")
+        path = path.with_name(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix == ".safetensors":
@@ -147,6 +154,10 @@ def _state(path: Path) -> dict[str, Tensor]:
                 f"{path} holds more than tensors alone, which could run code: save the model's "
                 "state_dict()."
             ) from error
+    if key is not None:
+        if not (isinstance(found, Mapping) and key in found):
+            raise ValueError(f"{path} holds nothing under the key {key!r}.")
+        found = found[key]
     for name in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -160,7 +171,7 @@ def _all_tensors(found: Mapping[str, Any]) -> bool:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], weights: str | Path) -> None:
-    state = _without_prefix(state, set(model.state_dict()))
+    state = _of_the_model(state, set(model.state_dict()))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -168,9 +179,17 @@ def _fill(model: nn.Module, state: dict[str, Tensor], weights: str | Path) -> No
         raise ValueError(f"{weights} does not fit the model: {first}") from error
 
 
-def _without_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """The state without what DDP, compile or Lightning put before its names."""
+def _of_the_model(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The state without what wrappers put before its names and beside its tensors."""
+    if "n_averaged" not in wanted:  # of AveragedModel
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
     for prefix in _PREFIXES:
         if not wanted & set(state) and all(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+    return {key: value for key, value in state.items() if not _of_a_twin(key, wanted)}
+
+
+def _of_a_twin(key: str, wanted: set[str]) -> bool:
+    """Whether a name is that of the auxiliary half of a split BatchNorm, which a model has not."""
+    place, twin, rest = f".{key}".rpartition(".auxiliary.")
+    return bool(twin) and key not in wanted and f"{place}.{rest}"[1:] in wanted

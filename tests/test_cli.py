@@ -101,6 +101,10 @@ def test_inspect_prints_the_card_and_the_config() -> None:
     assert config["architecture"]["shape"] == [1, 8, 8]
 
 
+# Of a model that does not exist: what is refused before it is refused before any work.
+EVALUATE = ("evaluate", "digits", "--model", "absent:model")
+
+
 def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
     for arguments, message in (
         (("inspect", "digitz"), "Did you mean 'digits'?"),
@@ -115,6 +119,9 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         (("show", "digits", "--flow", "digits", "--model", "resnet18"), "without weights"),
         (("demo", "--flow", "cifar10"), "needs a calibrated flow of 8x8 digits"),
         (("convert", "a.pt", tmp_path / "none.json", tmp_path / "b"), "none.json"),
+        ((*EVALUATE, "--device", "gpu"), "there is no device 'gpu' here"),
+        ((*EVALUATE, "--html", Path(__file__) / "a.html"), "is a file, and cannot hold a.html"),
+        ((*EVALUATE, "--json", tmp_path), "is a folder; name a file in it"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1, result.output

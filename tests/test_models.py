@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 
 from ijsat_aug.models import load_model
+from ijsat_aug.training import convert_split_batchnorm
 
 FILE = """
 from torch import nn
@@ -40,6 +42,30 @@ def test_a_function_of_a_file_and_its_weights(file, suffix, wrapped) -> None:
     model = load_model(f"{file}:make", path)
     assert not model.training
     assert torch.equal(model[1].weight, next(iter(state.values())))
+
+
+def test_what_training_adds_to_a_model_is_left_out(tmp_path) -> None:
+    file = tmp_path / "split_model.py"
+    file.write_text(
+        "from torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), "
+        "nn.Linear(72, 10))\n"
+    )
+    trained = convert_split_batchnorm(load_model(f"{file}:net"))
+    nn.init.ones_(trained[1].weight)
+    average = AveragedModel(trained)
+    average.module[1].weight.data.fill_(2)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": trained.state_dict(), "ema": average.state_dict(), "epoch": 3}, path)
+    for weights, value in ((path, 1), (f"{path}:ema", 2)):
+        model = load_model(f"{file}:net", weights)
+        assert torch.equal(model[1].weight, torch.full((2,), value))
+    with pytest.raises(ValueError, match="nothing under the key 'emma'"):
+        load_model(f"{file}:net", f"{path}:emma")
+    wanted = load_model(f"{file}:net", path).state_dict()
+    torch.save({f"{key}.auxiliary.x": value for key, value in wanted.items()}, path)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_model(f"{file}:net", path)
 
 
 def test_a_module_of_the_current_folder(file, monkeypatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -57,6 +57,10 @@ class ModelHandle:
         memory_format: torch.memory_format | None = None,
         route: Route = "clean",
     ) -> None:
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            raise TypeError(
+                f"model is the class {model.__name__}: make one, {model.__name__}(...)."
+            )
         if not (model is None or callable(model)):
             raise TypeError(f"model must be a module or a callable, got {type(model).__name__}.")
         if mode not in ("eval", "train"):
@@ -110,6 +114,8 @@ class ModelHandle:
         modules = list(_parts(self.model))
         modes = [module.training for module in modules]
         split = [(m, m.route) for m in modules if hasattr(m, "route") and hasattr(m, "auxiliary")]
+        if self.route == "auxiliary":
+            _check_still_split(modules)
         trainable = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -157,6 +163,16 @@ class ModelHandle:
         # The model is shared, unless it is copied beside this: a module may hold both.
         twin = memo.get(id(self.model))
         return self if twin is None else self.to(twin)
+
+
+def _check_still_split(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if hasattr(module, "auxiliary") and not hasattr(module, "route"):
+            raise ValueError(
+                f"a split BatchNorm became a plain {type(module).__name__} again, which has one "
+                "statistic for both halves: call SyncBatchNorm.convert_sync_batchnorm first, "
+                "convert_split_batchnorm after it."
+            )
 
 
 def _seed(device: torch.device, seed: int) -> None:

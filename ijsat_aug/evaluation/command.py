@@ -9,7 +9,7 @@ import torch
 
 from ..flows.checkpoint import load_flow
 from ..flows.data import ImageData, load_images
-from ..flows.files import write_atomically
+from ..flows.files import check_target, write_atomically
 from ..models import load_model
 from .render import to_html, to_markdown
 from .report import Report
@@ -57,10 +57,13 @@ def run(
         ...     Path(place, "a.html").stat().st_size > 0, report.settings["images"]
         (True, 20)
     """
+    for target in (json, markdown, html):
+        if target is not None:
+            check_target(target)
+    place = _device(device)
     before = None if against is None else Report.load(against)
     manifold = None if flow is None else load_flow(flow)
     network = load_model(model, weights)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = _some(load_images(source, size=size, root=root, train=False), limit)
     if data.labels is None:
         raise ValueError(
@@ -80,6 +83,17 @@ def run(
     if html is not None:
         write_atomically(html, to_html(report, before).encode())
     return report, before
+
+
+def _device(name: str | None) -> torch.device:
+    """A GPU if there is one, or what was asked for."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first, *_ = str(error).split("\n")
+        raise ValueError(f"there is no device {name!r} here ({first}): cpu is one.") from error
 
 
 def _some(data: ImageData, limit: int | None) -> ImageData:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def load_flow(
             Hugging Face repository (``"owner/name"``).
         device: Where the flow shall run.
         revision: Branch, tag or commit of a Hugging Face repository.
-        sha256: Checksum that ``model.safetensors`` must have.
+        sha256: Checksum that ``model.safetensors`` must have, all 64 digits.
         compute_dtype: Precision of the coupling networks, such as ``torch.bfloat16``.
         memory: See :meth:`FrozenGlow.to`.
 
@@ -59,8 +59,11 @@ def load_flow(
         >>> load_flow("digits") is flow
         True
     """
-    folder, expected = locate(source, revision)
-    card, config, weights = _read(folder, sha256 or expected)
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory must be one of {get_args(Memory)}, got {memory!r}.")
+    if not (compute_dtype is None or isinstance(compute_dtype, torch.dtype)):
+        raise TypeError(f"compute_dtype is a dtype such as torch.bfloat16, got {compute_dtype!r}.")
+    folder, card, config, weights = _found(source, revision, sha256)
     where = torch.empty(0, device=device).device
     key = (
         card["weights"]["sha256"],
@@ -96,8 +99,7 @@ def load_state(
         >>> build_glow(config).load_state_dict(state)
         <All keys matched successfully>
     """
-    folder, expected = locate(source, revision)
-    _, config, weights = _read(folder, sha256 or expected)
+    folder, _, config, weights = _found(source, revision, sha256)
     return config, _tensors(folder, weights)
 
 
@@ -135,7 +137,7 @@ def save_flow(
     """
     from safetensors.torch import save
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     freeze(config, state)  # refuses weights that would not load
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     weights = save(tensors, metadata={"architecture": _architecture(config)})
@@ -203,6 +205,26 @@ def convert_checkpoint(
         raise CheckpointError(f"{file} does not fit the config: {error}") from error
 
 
+def _found(
+    source: str | Path, revision: str | None, sha256: str | None
+) -> tuple[Path, dict[str, Any], GlowConfig, bytes]:
+    """Folder, config and weights of a checkpoint, which is the one that was asked for."""
+    wanted = None if sha256 is None else sha256.lower().removeprefix("sha256:")
+    if wanted is not None and not (len(wanted) == 64 and set(wanted) <= set("0123456789abcdef")):
+        raise ValueError(
+            f"sha256 is the whole checksum of model.safetensors, 64 hexadecimal digits, got "
+            f"{sha256!r}."
+        )
+    folder, known = locate(source, revision)
+    card, config, weights = _read(folder, known)
+    actual = hashlib.sha256(weights).hexdigest()
+    if wanted not in (None, actual):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is whole, but not the one that sha256= asks for: it has {actual}."
+        )
+    return folder, card, config, weights
+
+
 def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig, bytes]:
     """Config and weights of a folder, after every check."""
     card = _read_card(folder)
@@ -214,7 +236,7 @@ def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig,
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     actual = hashlib.sha256(weights).hexdigest()
-    for source, wanted in ((CONFIG, card["weights"]["sha256"]), ("you or the registry", sha256)):
+    for source, wanted in ((CONFIG, card["weights"]["sha256"]), ("the registry", sha256)):
         if wanted is not None and actual != wanted.lower():
             raise CheckpointError(
                 f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "

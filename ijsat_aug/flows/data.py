@@ -144,14 +144,21 @@ def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
 def _from_folder(folder: Path, size: int | None) -> ImageData:
     from PIL import Image
 
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    named = (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    files = sorted(f for f in named if not f.name.startswith("."))  # as ._cat.png of macOS
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
 
     def pictures() -> Iterator[Any]:
         for file in files:
-            with Image.open(file) as picture:
-                yield picture
+            try:
+                with Image.open(file) as picture:
+                    picture.load()
+            except (OSError, SyntaxError) as error:
+                raise ValueError(
+                    f"{file} cannot be read as a picture ({error}): mend it, or take it away."
+                ) from error
+            yield picture
 
     images = _stack(pictures(), size, folder)
     classes = None

@@ -7,7 +7,28 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["write_atomically", "write_together"]
+__all__ = ["check_target", "write_atomically", "write_together"]
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place where no file can be written, before the work that it is to hold.
+
+    Example:
+        >>> check_target(Path("a", "report.html"))
+        >>> check_target(Path(__file__, "report.html"))
+        Traceback (most recent call last):
+        ...
+        NotADirectoryError: ...files.py is a file, and cannot hold ...report.html; name another...
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it.")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(
+            f"{place} is a file, and cannot hold {path.name}; name another place."
+        )
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {place} is read-only to you.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

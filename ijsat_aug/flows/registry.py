@@ -66,6 +66,10 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     path = Path(text).expanduser()
     named = isinstance(source, str) and text in _registry()
     local = named or path.is_dir()
+    if not named and path.is_file():
+        raise CheckpointError(
+            f"{text} is a file, and a flow a folder of several: name {path.parent}, if that is one."
+        )
     on_hub = not local and isinstance(source, str) and _like_hub_id(text)
     if revision is not None and not on_hub:
         raise ValueError(

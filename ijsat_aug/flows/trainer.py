@@ -72,7 +72,7 @@ def train_flow(
         ['README.md', 'config.json', 'model.safetensors',
          'reconstructions.png', 'samples.png', 'walk.png']
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     _check(data, config, test)
     _check_place(out, resume, overwrite)
     try:

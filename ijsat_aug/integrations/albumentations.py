@@ -102,6 +102,11 @@ class BatchPipeline(nn.Module):
 def _arrays(images: Tensor, as_uint8: bool) -> np.ndarray[Any, Any]:
     images = images.as_subclass(Tensor)
     if images.is_floating_point():
+        if as_uint8 and not bool(((images > -1e-3) & (images < 1 + 1e-3)).all()):
+            raise ValueError(
+                "as_uint8=True takes images in [0, 1], and these are not: put the pipeline before "
+                "the normalisation, or pass as_uint8=False."
+            )
         images = (255 * images.float()).round().clamp(0, 255).byte() if as_uint8 else images.float()
     elif images.dtype != torch.uint8:
         raise TypeError(f"albumentations takes 8-bit or floating images, got {images.dtype}.")

@@ -15,7 +15,8 @@ class AdversarialWeightPerturbation:
     """Moves every weight matrix uphill by ``gamma`` of its norm while the gradient is taken (AWP).
 
     The weights are put back bit for bit, so that the optimiser steps from where it was, along the
-    gradient of the perturbed place (Wu et al., 2020). BatchNorm's running statistics are those of
+    gradient of the perturbed place (Wu et al., 2020). A step that was made inside the block, as in
+    the authors' loop, stays. BatchNorm's running statistics are those of
     the training pass alone. Under DDP each process perturbs by its own batch; the gradients are
     averaged as ever.
 
@@ -54,18 +55,26 @@ class AdversarialWeightPerturbation:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        originals = [w.detach().clone() for w in weights]
+        found = zip(weights, gradients, strict=True)
+        moves = [(w, w.detach().clone(), self._move(w, g)) for w, g in found if g is not None]
         try:
             with torch.no_grad():
-                for weight, g in zip(weights, gradients, strict=True):
-                    if g is not None:
-                        length = g.norm().clamp(min=torch.finfo(g.dtype).tiny)
-                        weight.add_(g * (self.gamma * weight.norm() / length))
+                for weight, _, move in moves:
+                    weight.add_(move)
             yield loss()
         finally:
             with torch.no_grad():
-                for weight, original in zip(weights, originals, strict=True):
-                    weight.copy_(original)
+                for weight, original, move in moves:
+                    perturbed = original + move
+                    stepped = original + (weight - perturbed)
+                    weight.copy_(torch.where(weight == perturbed, original, stepped))
+
+    @torch.no_grad()
+    def _move(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Along the gradient, by ``gamma`` of the weight's norm."""
+        length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
+        move: Tensor = gradient * (self.gamma * weight.norm() / length)
+        return move
 
     def _refuse_cached_casts(self) -> None:
         devices = {p.device.type for p in self.model.parameters()}

@@ -166,6 +166,8 @@ class Plan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if not (isinstance(self.epochs, (tuple, list)) and len(self.epochs) == 2):
+            raise TypeError(f"epochs must be (first, end), got {self.epochs!r}.")
         first, end = self.epochs
         if first < 0 or (end is not None and end < first):
             raise ValueError(f"epochs must be (first, end) in order, got {self.epochs!r}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..transforms.labels import as_target
+
 __all__ = ["IATLoss", "MARTLoss", "TRADESLoss"]
 
 
@@ -31,6 +33,7 @@ class TRADESLoss(nn.Module):
 
     def forward(self, clean: Tensor, adversarial: Tensor, target: Tensor) -> Tensor:
         """The loss of logits against classes ``(B,)`` or probabilities ``(B, C)``."""
+        target = as_target(target, len(clean), values=False)
         log_p, log_q = (logits.float().log_softmax(1) for logits in (clean, adversarial))
         divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return F.cross_entropy(clean.float(), target) + self.beta * divergence
@@ -62,8 +65,9 @@ class MARTLoss(nn.Module):
     def forward(self, clean: Tensor, adversarial: Tensor, target: Tensor) -> Tensor:
         """The loss of logits against classes ``(B,)`` or probabilities ``(B, C)``."""
         log_p, log_q = (logits.float().log_softmax(1) for logits in (clean, adversarial))
+        target = as_target(target, len(clean), values=False)
         if target.ndim == 1:
-            target = F.one_hot(target.long(), clean.shape[1])
+            target = F.one_hot(target, clean.shape[1])
         target = target.to(log_p.dtype)
         meant = target > target.amin(1, keepdim=True) + 1e-6
         wrong = log_q.exp().masked_fill(meant, 0).amax(1)
@@ -98,6 +102,9 @@ class IATLoss(nn.Module):
     ) -> Tensor:
         """The loss of both logits, each against its own mixed labels."""
         share = self.adversarial_share
-        one = F.cross_entropy(clean.float(), clean_target)
-        two = F.cross_entropy(adversarial.float(), adversarial_target)
+        pairs = ((clean, clean_target), (adversarial, adversarial_target))
+        one, two = (
+            F.cross_entropy(logits.float(), as_target(target, len(logits), values=False))
+            for logits, target in pairs
+        )
         return (1 - share) * one + share * two

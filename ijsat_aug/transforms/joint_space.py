@@ -219,9 +219,10 @@ class JointSpaceAdv(BatchTransform):
         """Say once what the attack climbs instead."""
         if self.target == "label" and self.threat.objective != "kl":
             self._tell_once(
+                "labels",
                 "the batch has no labels under a usual name, so that the attack leads away from "
                 "the model's own prediction: tell where they are by labels_getter=, or say that "
-                'it is meant by target="prediction".'
+                'it is meant by target="prediction".',
             )
 
     def check(self, images: Tensor, labels: Any) -> None:
@@ -230,7 +231,7 @@ class JointSpaceAdv(BatchTransform):
         if self.threat.moves_latent:
             flow = check_channels(self.flow, images)
             if tuple(flow.shape[1:]) != tuple(images.shape[2:]):
-                self._tell_once(_of_another_size(flow, images))
+                self._tell_once("size", _of_another_size(flow, images))
             if needs_labels(flow):
                 self._classes(images, labels)
         self._labels(images, labels)
@@ -350,9 +351,9 @@ class JointSpaceAdv(BatchTransform):
             self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
         return check_manifold(self._fit[1])
 
-    def _tell_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _tell_once(self, subject: str, message: str) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
             warnings.warn(message, stacklevel=2)
 
     def _classes(self, images: Tensor, labels: Any) -> Tensor:

@@ -174,8 +174,32 @@ def test_a_revision_is_only_for_the_hub(folder: Path) -> None:
 def test_sha256_of_the_caller_is_checked(folder: Path) -> None:
     good = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     load_flow(folder, sha256=good.upper())
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or another file"):
+    load_flow(folder, sha256=f"sha256:{good}")
+    with pytest.raises(CheckpointError, match=rf"is whole, but not the one .* it has {good}"):
         load_flow(folder, sha256="0" * 64)
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        load_flow(folder, sha256=good[:12])
+
+
+def test_bad_options_are_not_blamed_on_the_file(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"memory must be one of .*'low'.*got 'lo'"):
+        load_flow(folder, memory="lo")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a dtype such as torch\.bfloat16, got 'bfloat16'"):
+        load_flow(folder, compute_dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_home_is_found_in_saving_and_loading(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config, state = load_state("digits")
+    assert save_flow("~/mine", config, state) == tmp_path / "mine"
+    assert load_flow("~/mine").shape == (1, 8, 8)
+
+
+def test_a_file_of_a_checkpoint_is_not_looked_for_on_the_hub(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(CheckpointError, match=rf"is a file, and a flow .* name {folder.name}"):
+        load_flow(f"{folder.name}/model.safetensors")
 
 
 @pytest.mark.parametrize("where", [0, 20, -1])

@@ -138,6 +138,18 @@ def test_pictures_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
         load_images(tmp_path)
 
 
+def test_a_damaged_picture_is_named_and_hidden_files_are_none(
+    tmp_path: Path, pictures: np.ndarray
+) -> None:
+    for i in range(3):
+        Image.fromarray(pictures[i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "._0.png").write_bytes(b"of macOS")
+    assert len(load_images(tmp_path).images) == 3
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:90])
+    with pytest.raises(ValueError, match=r"1\.png cannot be read as a picture"):
+        load_images(tmp_path)
+
+
 def test_sources_that_are_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a file or folder that exists"):
         load_images("CIFAR11")

@@ -129,6 +129,14 @@ def test_eight_bit_transforms_on_floats(photographs) -> None:
     assert (out - photographs[:4]).abs().max() < 33 / 255
 
 
+def test_eight_bits_of_a_normalised_batch_are_refused(photographs) -> None:
+    pipeline = BatchPipeline(A.Compose([A.NoOp()]), as_uint8=True)
+    with pytest.raises(ValueError, match="before the normalisation"):
+        pipeline((photographs - 0.5) / 0.25)
+    with pytest.raises(ValueError, match="before the normalisation"):
+        pipeline(photographs * torch.nan)
+
+
 def test_seeds(photographs) -> None:
     def make(seed):
         return BatchPipeline(

@@ -44,6 +44,19 @@ def test_gradients_are_those_of_the_perturbed_weights(net, digits, labels) -> No
         assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_inside_the_block_stays(net, digits, labels) -> None:
+    """As the authors' loop steps: at the perturbed weights, which are put back after it."""
+    before = copy.deepcopy(dict(net.named_parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    awp = AdversarialWeightPerturbation(net, gamma=0.02)
+    with awp(lambda: F.cross_entropy(net(digits), labels)) as loss:
+        loss.backward()
+        optimizer.step()
+    for name, p in net.named_parameters():
+        assert torch.allclose(p, before[name] - 0.1 * p.grad, atol=1e-6)
+        assert not torch.equal(p, before[name])
+
+
 def test_weights_come_back_bit_for_bit(net, digits, labels) -> None:
     before = copy.deepcopy(net.state_dict())
     awp = AdversarialWeightPerturbation(net, gamma=0.1)

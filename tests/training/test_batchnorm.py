@@ -109,6 +109,14 @@ def test_synchronised_first_and_split_then() -> None:
     assert isinstance(model[0].auxiliary, nn.SyncBatchNorm)
 
 
+def test_a_split_that_was_undone_is_refused(network, digits, labels) -> None:
+    """As Lightning's sync_batchnorm=True does it to a network that was split before."""
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(convert_split_batchnorm(network))
+    adv = JointSpaceAdv(network, eta=0, mode="append")
+    with pytest.raises(ValueError, match="became a plain SyncBatchNorm again"):
+        adv(digits[:4], labels[:4])
+
+
 def test_other_kinds_of_batchnorm_are_refused() -> None:
     class Mine(nn.BatchNorm2d):
         pass

@@ -174,6 +174,11 @@ def test_a_resumed_training_hears_the_epoch_from_its_sampler(data, network) -> N
     assert sampler.epoch == 2
 
 
+def test_epochs_are_a_pair(data, network) -> None:
+    with pytest.raises(TypeError, match=r"epochs must be \(first, end\), got 3"):
+        AugmentedLoader(DataLoader(data), RobustMixup(network, num_classes=10), epochs=3)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_appended_batches_keep_their_size_when_the_attack_rests(every, data, network) -> None:
     adv = JointSpaceAdv(network, "digits", mode="append")

@@ -93,3 +93,16 @@ def test_mart_of_fooled_samples_and_smoothed_labels() -> None:
     smooth = F.one_hot(y.long(), 3) * 0.9 + 0.1 / 3
     hard, soft = (MARTLoss(beta=0)(clean, fooled.detach(), t) for t in (y, smooth))
     assert (hard - soft).abs() < 2  # not the whole margin of 8
+
+
+@pytest.mark.parametrize("loss", [TRADESLoss(), MARTLoss(), lambda a, b, y: IATLoss()(a, y, b, y)])
+def test_labels_of_each_kind(loss, case) -> None:
+    clean, adversarial, y = case
+    expected = loss(clean, adversarial, y)
+    assert torch.equal(loss(clean, adversarial, y.int()), expected)
+    rows = F.one_hot(y, clean.shape[1]).to(clean.dtype)
+    assert torch.allclose(loss(clean, adversarial, rows), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"must have shape .* squeeze them"):
+        loss(clean, adversarial, y[:, None])
+    with pytest.raises(ValueError, match="images and labels of shape"):
+        loss(clean, adversarial, y[:-1])

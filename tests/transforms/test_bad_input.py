@@ -203,6 +203,11 @@ def test_a_low_precision_rounds_the_normalisation_too(dtype, untouchable) -> Non
         adv.check((x * 1.05 - shift) / scale, None)
 
 
+def test_a_class_is_no_model(flow) -> None:
+    with pytest.raises(TypeError, match=r"the class Flatten: make one, Flatten\(\.\.\.\)"):
+        JointSpaceAdv(nn.Flatten, flow)
+
+
 def test_labels_under_an_unknown_name_are_told_of_once(network, flow) -> None:
     batch = {"img": X, "fine_label": Y}
     adv = JointSpaceAdv(network, flow)
