@@ -25,10 +25,10 @@ class AugmentedLoader(Generic[T]):
     """Any iterable of batches, moved to a device and transformed, one at a time.
 
     A batch is fetched and transformed when it is asked for, after the training step of the last
-    one, because the transform asks the model. On CUDA its copy runs beside what the GPU still has
-    to do of that step. Everything else (``len``, ``dataset``, ``sampler``, ``set_epoch``, ...) is
-    the loader's own. In a loop with autocast give the transform its own ``amp_dtype``: it runs
-    before the loop's block begins.
+    one, because the transform asks the model: not in a thread beside that step. On CUDA its copy
+    runs beside what the GPU still has to do of that step. Everything else (``len``, ``dataset``,
+    ``sampler``, ``set_epoch``, ...) is the loader's own. In a loop with autocast give the transform
+    its own ``amp_dtype``: it runs before the loop's block begins.
 
     Args:
         loader: A DataLoader, or anything that yields batches.

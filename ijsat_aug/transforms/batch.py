@@ -282,6 +282,13 @@ class BatchTransform(nn.Module):
         """The new images and labels, given what :meth:`make_params` drew."""
         raise NotImplementedError
 
+    def __copy__(self: Self) -> Self:
+        # A module's own copy would share what it holds and has seen.
+        twin = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+        return twin
+
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
         kind = type(self.model).__name__ if self.model is not None else None

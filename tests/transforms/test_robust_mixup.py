@@ -460,6 +460,15 @@ def test_the_callers_attack_stays_as_it_is(net, flow) -> None:
     assert attack.training
 
 
+def test_each_copy_of_an_attack_says_what_it_has_to_say(flow, digits, labels) -> None:
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16, 10))
+    attack = JointSpaceAdv(net, flow)
+    large = F.interpolate(digits[:4], scale_factor=2.0)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="the flow takes images of 8x8, the batch has 16x16"):
+            RobustMixup(net, num_classes=10, attack=attack)(large, labels[:4])
+
+
 @pytest.mark.parametrize("space", ["pixel", "latent"])
 def test_what_is_told_of_a_part_of_a_batch_has_a_place_for_all(
     space, net, digits, labels, flow
