@@ -15,10 +15,9 @@ class AdversarialWeightPerturbation:
     """Moves every weight matrix uphill by ``gamma`` of its norm while the gradient is taken (AWP).
 
     The weights are put back bit for bit, so that the optimiser steps from where it was, along the
-    gradient of the perturbed place (Wu et al., 2020). A step that was made inside the block, as in
-    the authors' loop, stays. BatchNorm's running statistics are those of
-    the training pass alone. Under DDP each process perturbs by its own batch; the gradients are
-    averaged as ever.
+    gradient of the perturbed place (Wu et al., 2020). A step inside the block, as in the authors'
+    loop, stays. BatchNorm's running statistics are those of the training pass alone. Under DDP each
+    process perturbs by its own batch; the gradients are averaged as ever.
 
     Args:
         model: The model that is trained.
@@ -59,15 +58,15 @@ class AdversarialWeightPerturbation:
         moves = [(w, w.detach().clone(), self._move(w, g)) for w, g in found if g is not None]
         try:
             with torch.no_grad():
-                for weight, _, move in moves:
-                    weight.add_(move)
+                for weight, original, move in moves:
+                    weight.copy_(original + move)
             yield loss()
         finally:
             with torch.no_grad():
                 for weight, original, move in moves:
-                    perturbed = original + move
-                    stepped = original + (weight - perturbed)
-                    weight.copy_(torch.where(weight == perturbed, original, stepped))
+                    step = weight - (original + move)
+                    there = (step == 0) | (weight == original)  # or never left, if interrupted
+                    weight.copy_(torch.where(there, original, original + step))
 
     @torch.no_grad()
     def _move(self, weight: Tensor, gradient: Tensor) -> Tensor:

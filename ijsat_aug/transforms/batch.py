@@ -135,11 +135,11 @@ class BatchTransform(nn.Module):
             return batch[0] if len(batch) == 1 else batch
         parts = take_apart(batch, self.labels_getter)
         if parts.labels is None and self.labels_getter == "default" and _more_than_images(batch):
-            self.find_no_labels()
+            self._find_no_labels()
         images, labels, _ = self.augment(parts.images, parts.labels)
         return parts.rebuild(images, labels)
 
-    def find_no_labels(self) -> None:
+    def _find_no_labels(self) -> None:
         """Called where a batch holds more than images, and no labels under a usual name."""
 
     def augment(
