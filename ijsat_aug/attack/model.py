@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -167,7 +168,8 @@ class ModelHandle:
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        if hasattr(module, "auxiliary") and not hasattr(module, "route"):
+        split = isinstance(module, _BatchNorm) and hasattr(module, "auxiliary")
+        if split and not hasattr(module, "route"):
             raise ValueError(
                 f"a split BatchNorm became a plain {type(module).__name__} again, which has one "
                 "statistic for both halves: call SyncBatchNorm.convert_sync_batchnorm first, "

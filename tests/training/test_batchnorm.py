@@ -117,6 +117,19 @@ def test_a_split_that_was_undone_is_refused(network, digits, labels) -> None:
         adv(digits[:4], labels[:4])
 
 
+def test_a_model_with_an_auxiliary_head_is_no_undone_split(digits, labels) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.auxiliary = nn.Linear(64, 10), nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.main(x.flatten(1)) + self.auxiliary(x.flatten(1))
+
+    x, _ = JointSpaceAdv(TwoHeads(), eta=0, mode="append")(digits[:4], labels[:4])
+    assert len(x) == 8
+
+
 def test_other_kinds_of_batchnorm_are_refused() -> None:
     class Mine(nn.BatchNorm2d):
         pass
