@@ -9,14 +9,14 @@ import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .files import write_together
 from .fold import freeze
-from .frozen import FrozenGlow, Memory
+from .frozen import FrozenGlow, Memory, check_options
 from .glow import GlowConfig
 from .registry import CheckpointError, locate
 
@@ -59,10 +59,7 @@ def load_flow(
         >>> load_flow("digits") is flow
         True
     """
-    if memory not in get_args(Memory):
-        raise ValueError(f"memory must be one of {get_args(Memory)}, got {memory!r}.")
-    if not (compute_dtype is None or isinstance(compute_dtype, torch.dtype)):
-        raise TypeError(f"compute_dtype is a dtype such as torch.bfloat16, got {compute_dtype!r}.")
+    check_options(compute_dtype, memory)
     folder, card, config, weights = _found(source, revision, sha256)
     where = torch.empty(0, device=device).device
     key = (
@@ -217,7 +214,7 @@ def _found(
         )
     folder, known = locate(source, revision)
     card, config, weights = _read(folder, known)
-    actual = hashlib.sha256(weights).hexdigest()
+    actual = card["weights"]["sha256"].lower()  # as the weights were found to be
     if wanted not in (None, actual):
         raise CheckpointError(
             f"{folder / WEIGHTS} is whole, but not the one that sha256= asks for: it has {actual}."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .blocks import Block, Conv, Kept, Mix, block_vjp, decode_block, encode_block
 from .glow import GlowConfig, from_unit, to_unit
 
-__all__ = ["FrozenGlow", "Memory", "Tape"]
+__all__ = ["FrozenGlow", "Memory", "Tape", "check_options"]
 
 Memory = Literal["tape", "low"]
 
@@ -255,12 +255,11 @@ class FrozenGlow:
             >>> flow.to(compute_dtype=torch.bfloat16).compute_dtype
             torch.bfloat16
         """
+        memory = memory or self.memory
+        check_options(compute_dtype, memory)
         target = torch.empty(0, device=device or self.device, dtype=dtype or self.dtype)
         low = compute_dtype or (dtype if self.compute_dtype == self.dtype else self.compute_dtype)
         low = low or self.compute_dtype
-        memory = memory or self.memory
-        if memory not in ("tape", "low"):
-            raise ValueError(f'memory must be "tape" or "low", got {memory!r}.')
         for name, new, old in (
             ("dtype", target.dtype, self.dtype),
             ("compute_dtype", low, self.compute_dtype),
@@ -394,6 +393,14 @@ class FrozenGlow:
         parts = z.split(sizes, dim=1)
         shaped = (p.unflatten(1, s) for p, s in zip(parts, self.config.latent_shapes, strict=True))
         return [p.contiguous(memory_format=torch.channels_last) for p in shaped]
+
+
+def check_options(compute_dtype: torch.dtype | None, memory: Memory) -> None:
+    """Refuse options that no flow has, before a file is read for them."""
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory must be one of {get_args(Memory)}, got {memory!r}.")
+    if not (compute_dtype is None or isinstance(compute_dtype, torch.dtype)):
+        raise TypeError(f"compute_dtype is a dtype such as torch.bfloat16, got {compute_dtype!r}.")
 
 
 class _Decode(torch.autograd.Function):

@@ -55,25 +55,25 @@ class AdversarialWeightPerturbation:
                 for buffer, value in buffers:
                     buffer.copy_(value)
         found = zip(weights, gradients, strict=True)
-        moves = [(w, w.detach().clone(), self._move(w, g)) for w, g in found if g is not None]
+        moves = [(w, w.detach().clone(), self._uphill(w, g)) for w, g in found if g is not None]
         try:
             with torch.no_grad():
-                for weight, original, move in moves:
-                    weight.copy_(original + move)
+                for weight, _, perturbed in moves:
+                    weight.copy_(perturbed)
             yield loss()
         finally:
             with torch.no_grad():
-                for weight, original, move in moves:
-                    step = weight - (original + move)
+                for weight, original, perturbed in moves:
+                    step = weight - perturbed
                     there = (step == 0) | (weight == original)  # or never left, if interrupted
                     weight.copy_(torch.where(there, original, original + step))
 
     @torch.no_grad()
-    def _move(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """Along the gradient, by ``gamma`` of the weight's norm."""
+    def _uphill(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """The weight, moved along its gradient by ``gamma`` of its norm."""
         length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
-        move: Tensor = gradient * (self.gamma * weight.norm() / length)
-        return move
+        perturbed: Tensor = weight + gradient * (self.gamma * weight.norm() / length)
+        return perturbed
 
     def _refuse_cached_casts(self) -> None:
         devices = {p.device.type for p in self.model.parameters()}

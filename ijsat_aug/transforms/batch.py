@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import EllipsisType
 from typing import Any, Literal, TypeVar
 
@@ -134,7 +135,7 @@ class BatchTransform(nn.Module):
         if not self.training:
             return batch[0] if len(batch) == 1 else batch
         parts = take_apart(batch, self.labels_getter)
-        if parts.labels is None and self.labels_getter == "default" and _more_than_images(batch):
+        if parts.labels is None and parts.others and self.labels_getter == "default":
             self._find_no_labels()
         images, labels, _ = self.augment(parts.images, parts.labels)
         return parts.rebuild(images, labels)
@@ -246,9 +247,7 @@ class BatchTransform(nn.Module):
         index = params.get("index")
         rest = {name: value for name, value in params.items() if name != "index"}
         count = len(images)
-        some = (images, labels)
-        if index is not None:
-            some = images[index], pick(labels, index, count)
+        some = (images, labels) if index is None else (images[index], pick(labels, index, count))
         new_images, new_labels = self.transform(*some, rest)
         images = images.detach()
         if self.mode == "append":
@@ -310,11 +309,6 @@ class BatchTransform(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in kept.items())
 
 
-def _more_than_images(batch: tuple[Any, ...]) -> bool:
-    (first, *rest) = batch
-    return bool(rest) or (isinstance(first, (tuple, list, Mapping)) and len(first) > 1)
-
-
 def pick(labels: Any, index: Tensor, count: int) -> Any:
     """The labels of some of ``count`` samples.
 
@@ -323,15 +317,10 @@ def pick(labels: Any, index: Tensor, count: int) -> Any:
         >>> pick(labels, torch.tensor([0, 2]), 3)
         {'kind': tensor([3, 4]), 'path': ['a', 'c']}
     """
-    if isinstance(labels, Tensor):
-        return labels[index]
-    if isinstance(labels, Mapping):
-        return {name: pick(value, index, count) for name, value in labels.items()}
-    if _are_fields(labels, count):
-        return [pick(field, index, count) for field in labels]
-    if isinstance(labels, (list, tuple)) and len(labels) == count:
-        return [labels[i] for i in index.tolist()]
-    return labels
+    return _each_label(
+        lambda tensor: tensor[index], lambda samples: [samples[i] for i in index.tolist()],
+        count, labels,
+    )  # fmt: skip
 
 
 def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:
@@ -349,21 +338,30 @@ def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, 
     return whole
 
 
-def _are_fields(labels: Any, count: int) -> bool:
-    """Whether a list holds several labels of every sample, not one label a sample."""
-    return isinstance(labels, (list, tuple)) and all(
-        isinstance(field, Tensor) and field.ndim > 0 and len(field) == count for field in labels
-    )
-
-
 def _joined(labels: Any, new: Any, count: int) -> Any:
     """The labels of ``count`` samples, and those of the new ones behind them."""
-    if isinstance(labels, Tensor):
-        return torch.cat([labels, new])
-    if isinstance(labels, Mapping):
-        return {name: _joined(value, new[name], count) for name, value in labels.items()}
-    if _are_fields(labels, count):
-        return [_joined(*fields, count) for fields in zip(labels, new, strict=True)]
-    if isinstance(labels, (list, tuple)) and len(labels) == count:
-        return [*labels, *new]
-    return labels
+    return _each_label(
+        lambda *tensors: torch.cat(tensors), lambda *samples: [one for s in samples for one in s],
+        count, labels, new,
+    )  # fmt: skip
+
+
+def _each_label(
+    of_tensors: Callable[..., Tensor], of_samples: Callable[..., list[Any]], count: int,
+    *labels: Any,
+) -> Any:  # fmt: skip
+    """What becomes of labels of one structure: tensors, lists of one a sample, or several of them.
+
+    What is none of these, such as the name of a dataset, stays as it is.
+    """
+    first = labels[0]
+    again = partial(_each_label, of_tensors, of_samples, count)
+    if isinstance(first, Tensor):
+        return of_tensors(*labels)
+    if isinstance(first, Mapping):
+        return {name: again(*(one[name] for one in labels)) for name in first}
+    if not isinstance(first, (list, tuple)):
+        return first
+    if all(isinstance(f, Tensor) and f.ndim > 0 and len(f) == count for f in first):
+        return [again(*fields) for fields in zip(*labels, strict=True)]
+    return of_samples(*labels) if len(first) == count else first

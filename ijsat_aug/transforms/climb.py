@@ -232,5 +232,8 @@ def _losses(found: Ascent, threat: Threat) -> dict[str, Tensor]:
 
 def _moves(found: Ascent, variables: dict[str, Variable]) -> dict[str, Tensor]:
     lost = ~found.finite
-    norms = {n: v.ball.distance(found.values[n]).masked_fill(lost, 0) for n, v in variables.items()}
-    return {**{f"{name}_norm": norm for name, norm in norms.items()}, "fallback": lost}
+    norms = {
+        f"{name}_norm": v.ball.distance(found.values[name]).masked_fill(lost, 0)
+        for name, v in variables.items()
+    }
+    return {**norms, "fallback": lost}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -30,6 +30,11 @@ from .threat import Method, Threat, Update
 __all__ = ["JointSpaceAdv"]
 
 Target = Literal["label", "prediction", "random"]
+_UNLABELLED = (
+    "the batch has no labels under a usual name, so that the attack leads away from the model's "
+    "own prediction: tell where they are by labels_getter=, or say that it is meant by "
+    'target="prediction".'
+)
 
 
 class JointSpaceAdv(BatchTransform):
@@ -218,12 +223,7 @@ class JointSpaceAdv(BatchTransform):
     def _find_no_labels(self) -> None:
         """Say once what the attack climbs instead."""
         if self.target == "label" and self.threat.objective != "kl":
-            self._tell_once(
-                "labels",
-                "the batch has no labels under a usual name, so that the attack leads away from "
-                "the model's own prediction: tell where they are by labels_getter=, or say that "
-                'it is meant by target="prediction".',
-            )
+            self._tell_once("labels", lambda: _UNLABELLED)
 
     def check(self, images: Tensor, labels: Any) -> None:
         """Refuse a bad batch before anything runs."""
@@ -231,7 +231,7 @@ class JointSpaceAdv(BatchTransform):
         if self.threat.moves_latent:
             flow = check_channels(self.flow, images)
             if tuple(flow.shape[1:]) != tuple(images.shape[2:]):
-                self._tell_once("size", _of_another_size(flow, images))
+                self._tell_once("size", partial(_of_another_size, flow, images))
             if needs_labels(flow):
                 self._classes(images, labels)
         self._labels(images, labels)
@@ -351,10 +351,10 @@ class JointSpaceAdv(BatchTransform):
             self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
         return check_manifold(self._fit[1])
 
-    def _tell_once(self, subject: str, message: str) -> None:
+    def _tell_once(self, subject: str, message: Callable[[], str]) -> None:
         if subject not in self._told:
             self._told.add(subject)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message(), stacklevel=2)
 
     def _classes(self, images: Tensor, labels: Any) -> Tensor:
         """What a conditional flow gets to know."""

@@ -163,8 +163,8 @@ class RobustMixup(BatchTransform):
             attack = built_in if eps > 0 else None
         else:
             _check_attack(attack, own)
-        if isinstance(attack, BatchTransform):
-            attack = copy.copy(attack)  # the caller's own stays as it is
+            if isinstance(attack, BatchTransform):
+                attack = copy.copy(attack)  # the caller's own stays as it is
         # Only ours is a submodule: any other may hold the model itself.
         self.climb = attack if isinstance(attack, BatchTransform) else None
         self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)

@@ -22,7 +22,7 @@ _TV_GEOMETRY = ("Mask", "BoundingBoxes", "KeyPoints")  # of torchvision, which n
 
 @dataclass(frozen=True)
 class Parts:
-    """Images and labels of a batch, and the way back.
+    """Images and labels of a batch, the way back, and whether it holds more than images.
 
     Example:
         >>> batch = {"image": "x", "kind": "y", "path": "p"}
@@ -34,6 +34,7 @@ class Parts:
     images: Any
     labels: Any
     rebuild: Callable[[Any, Any], Any]
+    others: bool = False
 
 
 def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
@@ -88,7 +89,7 @@ def _sequence(
             _check_unchanged(found, labels)
         return make(items)
 
-    return Parts(batch[0], labels, rebuild)
+    return Parts(batch[0], labels, rebuild, others=len(batch) > 1)
 
 
 def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
@@ -114,7 +115,7 @@ def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
             return {**batch, **news}
         return new
 
-    return Parts(batch[image_key], labels, rebuild)
+    return Parts(batch[image_key], labels, rebuild, others=len(batch) > 1)
 
 
 def _check_unchanged(found: Any, labels: Any) -> None:
