@@ -270,16 +270,17 @@ def _study(
 ) -> str:
     """The table of a study: accuracy, what it is over its rivals, and what it took."""
     over = [f"over {rival}" for rival in rivals]
-    head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">time"]
+    head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">passes", ">time"]
     rows = []
     for title, table in result["table"].items():
         for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
             cells = [_interval(gain, "+") for gain in gains]
-            time = f"{row['seconds'] / table['plain']['seconds']:.2f}"
-            taken = [str(len(row["seeds"])), str(row["steps"]), time]
+            ratios = [f"{row[what] / table['plain'][what]:.2f}" for what in ("passes", "seconds")]
+            taken = [str(len(row["seeds"])), str(row["steps"]), *ratios]
             rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
-    return markdown(head, rows, _note(result, told))
+    cost = "Passes: images through the network, the attack's too; they and time against plain."
+    return markdown(head, rows, f"{_note(result, told)} {cost}")
 
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:

@@ -68,6 +68,21 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
+class Seen:
+    """How many images a network is asked about, in the attacks too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.images = 0
+        self._hook = network.register_forward_pre_hook(self._count)
+
+    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.images += len(inputs[0])
+
+    def close(self) -> None:
+        """Count no more."""
+        self._hook.remove()
+
+
 class Crops(NamedTuple):
     """How images are moved and mirrored: ``(B, 1)`` each."""
 

@@ -70,7 +70,7 @@ def test_an_interval_is_students() -> None:
 
 
 def one(row: str, seed: int, last: float, **more: float) -> dict[str, Any]:
-    facts = {"best": last, "steps": 10, "seconds": 2.0}
+    facts = {"best": last, "steps": 10, "seconds": 2.0, "passes": 10}
     return {"row": row, "seed": seed, "last": last, **facts, **more}
 
 
@@ -93,7 +93,7 @@ def test_a_run_is_kept_and_a_long_one_takes_the_others_time(tmp_path: Path) -> N
     class Counting(Study):
         def train(self, run: Run) -> dict[str, Any]:
             trained.append(run)
-            return {"last": 1.0, "best": 2.0, "steps": 3, "seconds": 12.5}
+            return {"last": 1.0, "best": 2.0, "steps": 3, "seconds": 12.5, "passes": 6}
 
     study = Counting(tmp_path, "none", [500], load_flow("digits"))
     first = study.run(LONG, 500, 4)
@@ -133,6 +133,16 @@ def test_an_attack_of_the_second_half_rests_in_the_first(task: Task) -> None:
     attack.bind(net)
     train(task, Watched(net), Augmentation(attack, {"epochs": (10, None)}))
     assert seen == [False] * 20 + [True] * 20
+
+
+@pytest.mark.parametrize(
+    ("row", "times"), [("plain", 1), ("pixel step", 2), ("RobustMixup, split BatchNorm", 3)]
+)
+def test_passes_count_what_the_attack_asks_too(task: Task, row: str, times: int) -> None:
+    net = network()
+    trained = train(task, net, ROWS[row](net, None))  # type: ignore[arg-type]
+    assert trained.facts["passes"] == times * trained.facts["steps"]
+    assert not net._forward_pre_hooks
 
 
 def test_a_training_by_the_clock_stops(task: Task) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
 from benchmarks.harness import hardware, machines
-from benchmarks.training import crop_and_flip
+from benchmarks.training import Seen, crop_and_flip
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
@@ -82,6 +82,7 @@ def train(
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
     begin, paused, step, done = time.process_time(), 0.0, 0, 0.0
     next_check = 1 / PARTS
+    seen = Seen(network)
     for x, y in itertools.chain.from_iterable(parts):
         optimizer.param_groups[0]["lr"] = task.peak * cycle(done)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -95,15 +96,21 @@ def train(
         done = step / task.steps if seconds is None else used / seconds
         if done >= next_check or done >= 1:
             since = time.process_time()
+            trained_on = seen.images
             score = accuracy(network, task.validation)
+            seen.images = trained_on
             if score > best[0]:
                 best = (score, copy.deepcopy(network.state_dict()))
             next_check += 1 / PARTS
             paused += time.process_time() - since
         if done >= 1:
             break
-    facts = {"steps": step, "seconds": round(used, 1), "loss": round(float(loss.detach()), 4)}
-    return Trained(network, best[1], {**facts, "validation": best[0]})
+    seen.close()
+    facts = {
+        "steps": step, "seconds": round(used, 1), "passes": round(seen.images / BATCH),
+        "loss": round(float(loss.detach()), 4), "validation": best[0],
+    }  # fmt: skip
+    return Trained(network, best[1], facts)
 
 
 def cycle(done: float) -> float:
@@ -356,6 +363,7 @@ def _entry(
         "best_epoch": interval(one["best"] for one in seeds.values()),
         "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
         "seconds": round(statistics.mean(one["seconds"] for one in seeds.values()), 1),
+        "passes": round(statistics.mean(one["passes"] for one in seeds.values())),
     }
     as_long = [name for name, (_, whom) in AS_LONG.items() if whom == row]
     for rival in (*rivals, *as_long):

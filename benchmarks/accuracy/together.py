@@ -33,7 +33,7 @@ from benchmarks.accuracy.study import (
     low_precision,
 )
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
-from benchmarks.training import Crops
+from benchmarks.training import Crops, Seen
 from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import CapturedStep
@@ -159,13 +159,7 @@ class Course:
         """One step of the optimiser on the images of these numbers."""
         transform = self.augmentation.transform
         crops = Crops.draw(len(batch), self.device, self.draws)
-        seen = 0
-
-        def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            nonlocal seen
-            seen += len(inputs[0])
-
-        hook = self.network.register_forward_hook(count)
+        seen = Seen(self.network)
         with self._host_draws():
             before = self.augmentation.before
             inputs: tuple[Tensor, ...] = (batch, *crops)
@@ -175,9 +169,9 @@ class Course:
             if isinstance(transform, BatchTransform):
                 params = transform.draw(*self._blank(len(batch)))
             self.steps[attacks](inputs, params)
-        hook.remove()
-        if seen:  # a replay calls nothing
-            self.passes[attacks] = seen / len(batch)
+        seen.close()
+        if seen.images:  # a replay calls nothing
+            self.passes[attacks] = seen.images / len(batch)
 
     def _step(self, attacks: bool, inputs: tuple[Tensor, ...], params: Any) -> None:
         """What is captured: all that is random comes in."""

@@ -46,7 +46,7 @@ from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
 from benchmarks.robustness.withstand import attack_all, jobs, one_thread, reports
-from benchmarks.training import crop_and_flip, save_weights
+from benchmarks.training import Seen, crop_and_flip, save_weights
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report
 from ijsat_aug.flows.calibration import recommended_eta
@@ -231,8 +231,7 @@ class Course:
         self.training, self.judging = CapturedStep(self._train), CapturedStep(self._judge)
         self.passes, self.seconds = 0.0, 0.0
         self.step_alone: float | None = None
-        self.network.register_forward_hook(self._count)
-        self.seen = 0
+        self.seen = Seen(self.network)
 
     def begin(self) -> None:
         """New weights, and the random numbers of the seed."""
@@ -285,10 +284,10 @@ class Course:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimiser on a batch of crops."""
-        self.seen = 0
+        self.seen.images = 0
         self.training(x, y, self.method.draw(x, y))
-        if self.seen:  # a replay calls nothing
-            self.passes = self.seen / len(x)
+        if self.seen.images:  # a replay calls nothing
+            self.passes = self.seen.images / len(x)
 
     def validate(self) -> None:
         """Count the validation images that are right under PGD-10."""
@@ -307,9 +306,6 @@ class Course:
         with torch.no_grad():
             self.right.add_((logits(self.network, worse).argmax(1) == y).sum())
         self.network.train()
-
-    def _count(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self.seen += len(inputs[0])
 
     def _fresh(self) -> nn.Module:
         torch.manual_seed(self.plan.seed)
