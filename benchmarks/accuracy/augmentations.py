@@ -128,6 +128,9 @@ ROWS: dict[str, Make] = {
     "joint step": _joint,
     "joint step, second half": partial(_joint, begin=_half),
     "joint step, half of each batch": partial(_joint, fraction=0.5),
+    "joint step from the image, half of each batch": partial(
+        _joint, fraction=0.5, random_start=False
+    ),
     "joint step, third of each batch": partial(_joint, fraction=1 / 3),
     "joint step, quarter of each batch": partial(_joint, fraction=0.25),
     "joint step of 1.5 levels, half of each batch": partial(_joint, eps=1.5 / 255, fraction=0.5),
