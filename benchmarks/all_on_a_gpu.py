@@ -121,20 +121,18 @@ def few_labels(
     study = LowData("cifar10", work, flow, own_flow=False)
     own = LowData("cifar10", work, flow, own_flow=True)
     courses = courses_of(study, (*SHARED, *MORE), 500, 0, device)
-    more = courses_of(study, SHARED, 2500, 0, device, known=courses)
-    last = courses_of(own, [MIXED], 2500, 0, device, known=courses)
 
     def flow_is_there(seed: int) -> bool:
         return (own.work / f"flow-2500-{seed}" / "model.safetensors").is_file()
 
     def with_own_flow(seed: int) -> Begin:
-        then = partial(train_row, own, MIXED, [2500], [seed], last)
+        then = partial(train_row, own, MIXED, [2500], [seed], courses)
         return partial(later, partial(flow_is_there, seed), then)
 
     first: list[Begin] = [
         partial(train_row, study, row, [500], SEEDS, courses) for row in (*SHARED, *MORE)
     ]
-    second: list[Begin] = [partial(train_row, study, row, [2500], SEEDS, more) for row in SHARED]
+    second: list[Begin] = [partial(train_row, study, row, [2500], SEEDS, courses) for row in SHARED]
     return first, [*map(with_own_flow, SEEDS), *second]
 
 

@@ -63,21 +63,24 @@ def side_by_side(
     """
     waiting = deque(trainings)
     running: list[_Lane] = []
+    streams = [new_stream() for _ in range(at_once)]  # there are 32: more would share them
     failed = 0
     while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(_Lane(waiting.popleft()(), new_stream()))
+        while waiting and streams:
+            running.append(_Lane(waiting.popleft()(), streams.pop()))
         ready = [lane for lane in running if lane.may_go_on()]
         if not ready:
             time.sleep(2e-4)
         for lane in ready:
             try:
-                if not lane.go_on():
-                    running.remove(lane)
+                goes_on = lane.go_on()
             except Exception:
                 traceback.print_exc()
-                running.remove(lane)
+                goes_on = False
                 failed += 1
+            if not goes_on:
+                running.remove(lane)
+                streams.append(lane.stream)
         if until is not None and time.monotonic() > until:
             break
     if failed:

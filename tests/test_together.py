@@ -67,17 +67,17 @@ def facts(study: Digits, row: str, seed: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("row", ["CutMix", "mixup + latent step, second half"])
 def test_a_training_does_not_depend_on_those_beside_it(study: Digits, row: str) -> None:
-    run_together(study, [row], ["few"], [1], CPU)
+    run_together(study, [row], ["few"], [1], CPU, 2)
     single = facts(study, row, 1)
     study.work = study.work / "again"
-    run_together(study, ["mixup", row, "IJSAT"], ["few"], [0, 1], CPU)
+    run_together(study, ["mixup", row, "IJSAT"], ["few"], [0, 1], CPU, 2)
     assert facts(study, row, 1) == single
     assert facts(study, row, 0)["loss"] != single["loss"]
 
 
 def test_a_row_for_as_long_has_the_steps_of_that_time(study: Digits) -> None:
     whom = LONG.partition("as long as ")[2]
-    run_together(study, [whom, LONG], ["few"], [0], CPU)
+    run_together(study, [whom, LONG], ["few"], [0], CPU, 2)
     ours, theirs = (study.run(row, "few", 0) for row in (whom, LONG))
     assert theirs["steps"] > ours["steps"]
     assert theirs["seconds"] == pytest.approx(ours["seconds"], rel=0.05)
@@ -86,12 +86,12 @@ def test_a_row_for_as_long_has_the_steps_of_that_time(study: Digits) -> None:
 
 def test_passes_count_what_the_network_sees(study: Digits) -> None:
     rows = {"plain": 1, "JointSpaceAdv": 2, "IJSAT, split BatchNorm": 3}
-    run_together(study, list(rows), ["few"], [0], CPU)
+    run_together(study, list(rows), ["few"], [0], CPU, 2)
     assert {row: study.run(row, "few", 0)["passes"] / 20 for row in rows} == rows
 
 
 def test_nothing_is_begun_after_the_deadline(study: Digits) -> None:
-    run_together(study, ["plain", "mixup"], ["few"], [0], CPU, until=time.monotonic())
+    run_together(study, ["plain", "mixup"], ["few"], [0], CPU, 2, until=time.monotonic())
     assert not list(study.work.glob("*.json"))
 
 

@@ -327,6 +327,7 @@ def arguments(work: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="on a GPU: leave the rest undone"
     )
+    parser.add_argument("--at-once", type=int, default=12, help="on a GPU: runs side by side")
     return parser
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -93,14 +93,6 @@ class Course:
                 if isinstance(part, BatchTransform):
                     part.random = shared
                     part._seen.add(self.rate.device)  # a captured step cannot look at values
-
-    def with_flow(self, flow: FrozenGlow, network: nn.Module) -> Course:
-        """A course with another flow of the same shape, whose steps take as long; or this one."""
-        if flow is self.source:
-            return self
-        other = Course(self.row, network, flow, self.device)
-        other.seconds, other.passes = self.seconds, self.passes
-        return other
 
     def train(self, task: Task) -> Training:
         """One training, which returns what it left; it yields now and then."""
@@ -224,6 +216,38 @@ class Course:
             torch.set_rng_state(before)
 
 
+class Courses:
+    """Courses that wait for a training, and what a step of every row takes.
+
+    There are as many of a row as train at once: those after the first begin with its times.
+    """
+
+    def __init__(self) -> None:
+        self.timed: dict[str, Course] = {}
+        self.idle: list[Course] = []
+
+    def add(self, course: Course) -> None:
+        """The first of its row, whose steps have been timed."""
+        self.timed[course.row] = course
+        self.idle.append(course)
+
+    def take(self, row: str, network: nn.Module, flow: FrozenGlow) -> Course:
+        """One of a row with this flow: an idle one, or a new one around the network."""
+        for course in self.idle:
+            if course.row == row and course.source is flow:
+                self.idle.remove(course)
+                return course
+        timed = self.timed[row]
+        other = Course(row, network, flow, timed.device)
+        other.seconds, other.passes = timed.seconds, timed.passes
+        return other
+
+    def seconds(self, row: str, task: Task) -> float:
+        """What the steps of a training take when nothing else runs."""
+        timed = self.timed[row]
+        return timed.cost(task, timed.seconds)
+
+
 def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> None:
     """Every row that is asked for, in every setting, with every seed."""
     rows = options.only or rows
@@ -231,7 +255,8 @@ def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> N
     settings = [wanted[name] for name in options.settings or wanted]
     if torch.cuda.is_available():
         until = time.monotonic() + 60 * options.minutes
-        run_together(study, rows, settings, options.seeds, torch.device("cuda"), until)
+        device = torch.device("cuda")
+        run_together(study, rows, settings, options.seeds, device, options.at_once, until)
         return
     for seed in options.seeds:
         for setting in settings:
@@ -245,9 +270,10 @@ def run_together(
     settings: Sequence[str | int],
     seeds: Sequence[int],
     device: torch.device,
+    at_once: int,
     until: float | None = None,
 ) -> None:
-    """All runs of a study, the rows side by side; each has setting after setting, seed after seed.
+    """All runs of a study, some side by side: setting after setting, seed after seed.
 
     Args:
         study: Says what a run is, and keeps its file.
@@ -255,44 +281,35 @@ def run_together(
         settings: Of the study, in their order.
         seeds: In their order.
         device: Where to train.
+        at_once: How many runs train side by side.
         until: The ``time.monotonic()`` at which the rest is left undone.
     """
     courses = courses_of(study, rows, settings[0], seeds[0], device)
-    trainings = [partial(train_row, study, row, settings, seeds, courses) for row in rows]
-    side_by_side(trainings, len(trainings), until=until)
+    trainings = [
+        partial(train_row, study, row, [setting], [seed], courses)
+        for setting in settings
+        for seed in seeds
+        for row in rows
+    ]
+    side_by_side(trainings, at_once, until=until)
     finish(device)
 
 
 def courses_of(
-    study: Study,
-    rows: Sequence[str],
-    setting: str | int,
-    seed: int,
-    device: torch.device,
-    known: Mapping[str, Course] | None = None,
-) -> dict[str, Course]:
-    """A course for every row and for those that it is measured by, with the time of its steps.
+    study: Study, rows: Sequence[str], setting: str | int, seed: int, device: torch.device
+) -> Courses:
+    """A course for every row and for those that it is measured by, with the times of its steps.
 
-    Args:
-        study: As of :func:`run_together`.
-        rows: As there.
-        setting: Of the batches that are timed; all have batches of one size.
-        seed: Of these.
-        device: As there.
-        known: Courses whose steps are known to take as long.
+    The batches that are timed are those of a setting and a seed: batches of all have one size.
     """
     run = study.planned("plain", setting, seed)
-    courses: dict[str, Course] = {}
-    for row in (*rows, *(AS_LONG[row][1] for row in rows if row in AS_LONG)):
-        if row in courses:
-            continue
-        who = AS_LONG.get(row, (row, ""))[0]
-        course = courses[row] = Course(who, study.start(run), study.flow, device)
-        if known is not None and row in known:
-            course.seconds, course.passes = known[row].seconds, known[row].passes
-        else:
+    courses = Courses()
+    for who in (who for row in rows for who in AS_LONG.get(row, (row,))):
+        if who not in courses.timed:
+            course = Course(who, study.start(run), study.flow, device)
             alone(course.time(study.task(run)))
-            print(row, course.seconds, course.passes, flush=True)
+            print(who, course.seconds, course.passes, flush=True)
+            courses.add(course)
     return courses
 
 
@@ -301,26 +318,26 @@ def train_row(
     row: str,
     settings: Sequence[str | int],
     seeds: Sequence[int],
-    courses: Mapping[str, Course],
+    courses: Courses,
 ) -> Training:
     """The runs of a row that are not there yet."""
-    course = courses[row]
     for setting in settings:
         for seed in seeds:
             run: Run = study.planned(row, setting, seed)
             if study.file(run).is_file():
                 continue
-            task = study.task(run)
+            task, who = study.task(run), row
             if row in AS_LONG:
-                longer = courses[AS_LONG[row][1]]
-                share = longer.cost(task, longer.seconds) / course.cost(task, course.seconds)
+                who, whom = AS_LONG[row]
+                share = courses.seconds(whom, task) / courses.seconds(who, task)
                 task = replace(task, steps=round(task.steps * share))
-            own = course.with_flow(study.flow_of(run), study.start(run))
-            own.begin(study.start(run), task.learnt, seed)
-            trained = yield from own.train(task)
+            course = courses.take(who, study.start(run), study.flow_of(run))
+            course.begin(study.start(run), task.learnt, seed)
+            trained = yield from course.train(task)
             facts = study.told(run, trained)
             more = yield from study.also(run, trained)
             study.keep(run, facts | more)
+            courses.idle.append(course)
 
 
 def steps_of(part: int, task: Task) -> range:

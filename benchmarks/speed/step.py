@@ -3,6 +3,7 @@
 Run:  python benchmarks/speed/step.py                (fifteen minutes on two cores)
       python benchmarks/speed/step.py --large        (ten minutes)
       python benchmarks/speed/step.py --bf16 --channels-last   (a GPU: less than a minute)
+      python benchmarks/speed/step.py --bf16 --channels-last --captured   (the same)
 
 One process, contenders interleaved, medians over rounds with quartiles: a CIFAR ResNet-18 at 32
 pixels with batch 128, SGD with momentum; forward, backward and optimiser step in float32, and what
@@ -15,6 +16,9 @@ steps in a row.
 ``--large`` is a ResNet-50 at 224 pixels with batch 8, on a GPU 64, whose low band a flow of 32
 pixels moves. With ``--bf16`` the training step runs in autocast, as GPUs are used; an attack
 without "bf16" in its name stays in float32, on a GPU with TF32 convolutions, torch's default.
+``--captured`` makes a CUDA graph of every whole step, the plain one too: of those that can be one,
+which leaves out batches that are shown twice, and MixUp by torchvision, which draws on the host.
+Their memory is that of the graphs, and not measured.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from benchmarks.harness import (
 )
 from benchmarks.networks import cifar_resnet18
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
-from ijsat_aug.training import convert_split_batchnorm
+from ijsat_aug.training import CapturedStep, convert_split_batchnorm
 from ijsat_aug.transforms.batch import BatchTransform
 from ijsat_aug.transforms.replay import replay
 
@@ -100,6 +104,27 @@ def loop(
     return steps
 
 
+def captured_step(
+    network: nn.Module, x: Tensor, y: Tensor, transform: Augment | None, bf16: bool = False
+) -> Step:
+    """One step as a CUDA graph: what is random comes in."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+    ours = transform if isinstance(transform, BatchTransform) else None
+
+    @CapturedStep
+    def step(images: Tensor, labels: Tensor, params: Any) -> None:
+        if ours is not None:
+            images, labels, _ = ours.augment(images, labels, params)
+        low = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        with low:
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return lambda: step(x, y, None if ours is None else ours.draw(x, y))
+
+
 def both(one: Step, two: Step) -> Step:
     """Two steps, one after the other."""
 
@@ -122,6 +147,7 @@ class Setting:
     targets: dict[str, float]
     bf16: bool = False
     channels_last: bool = False
+    captured: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -181,9 +207,12 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "IJSAT, 3 steps": mixup(JointSpaceAdv(network, flow, steps=3)),
     }
     low_step = setting.bf16
-    runs = {name: training_step(network, x, y, a, low_step) for name, a in augmentations.items()}
+    one_step = captured_step if setting.captured else training_step
+    if setting.captured:
+        del augmentations["torchvision's MixUp"]
+    runs = {name: one_step(network, x, y, a, low_step) for name, a in augmentations.items()}
     appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
-    runs["IJSAT, appended, split BatchNorm"] = training_step(split, x, y, appended, low_step)
+    runs["IJSAT, appended, split BatchNorm"] = one_step(split, x, y, appended, low_step)
     replays = {
         "RobustMixup, replay": mixup(),
         "JointSpaceAdv, replay": JointSpaceAdv(None, flow),
@@ -192,10 +221,10 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         "IJSAT, replay, bf16": mixup(JointSpaceAdv(None, low)),
         "IJSAT, replay, bf16, fast flow": mixup(JointSpaceAdv(None, fast)),
     }
-    for name, transform in replays.items():
+    for name, transform in replays.items() if not setting.captured else ():
         runs[name] = replayed_steps(network, x, y, transform, low_step)
     half = mixup(), mixup(p=0)
-    runs["RobustMixup, p=0.5"] = both(*(training_step(network, x, y, a, low_step) for a in half))
+    runs["RobustMixup, p=0.5"] = both(*(one_step(network, x, y, a, low_step) for a in half))
     return {name: run for name, run in runs.items() if name in (setting.rows or runs)}
 
 
@@ -227,16 +256,18 @@ def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, An
     keep_memory()
     runs = steps(setting, device)
     on_gpu = device.type == "cuda"
-    seconds = interleave(runs, rounds, *((3, 3) if on_gpu else (1, 1)))
+    # A step becomes a graph at its fourth call.
+    seconds = interleave(runs, rounds, *((5, 3) if on_gpu else (1, 1)))
     for name in seconds:
         if "p=0.5" in name:
             seconds[name] = [s / 2 for s in seconds[name]]
         if "replay" in name:
             pairs = zip(seconds[name], seconds["plain"], strict=True)
             seconds[name] = [pair - plain for pair, plain in pairs]
+    measured = {} if setting.captured else runs
     bytes_ = {
         name: peak_memory(run, device) if on_gpu else peak_memory_apart(name, setting)
-        for name, run in runs.items()
+        for name, run in measured.items()
     }
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},
@@ -252,6 +283,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="by default 128, large 8, or 64 on a GPU")
     parser.add_argument("--bf16", action="store_true", help="the training step in autocast")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--captured", action="store_true", help="every step a CUDA graph")
     parser.add_argument("--rounds", type=int, help="by default 7, on a GPU 15")
     parser.add_argument("--memory-of", help="print the peak memory of one step, in bytes")
     parser.add_argument("--no-record", action="store_true")
@@ -262,7 +294,7 @@ def main() -> None:
     usual = LARGE_BATCH_ON_GPU if options.large and on_gpu else setting.batch
     setting = replace(
         setting, batch=options.batch or usual, bf16=options.bf16,
-        channels_last=options.channels_last,
+        channels_last=options.channels_last, captured=options.captured,
     )  # fmt: skip
     rounds = options.rounds or (15 if on_gpu else 7)
     if options.memory_of is not None:
@@ -272,15 +304,15 @@ def main() -> None:
     result = measure(setting, rounds, device)
     for name, value in result["ratios"].items():
         judged = verdict(value["median"], setting.targets.get(name))
-        memory = result["memory_ratios"][name]
-        print(f"  {name:<40} {spread(value):<18} memory {memory:.2f} {judged}")
+        memory = f"memory {result['memory_ratios'][name]:.2f} " if not setting.captured else ""
+        print(f"  {name:<40} {spread(value):<18} {memory}{judged}")
     if not options.no_record:
         payload = {"network": setting.name, "flow": "cifar10", "batch": setting.batch}
         payload |= {"rounds": rounds, "seed": 0, "targets": setting.targets, **result}
         payload["memory_target"] = MEMORY_TARGET
         payload["threads"] = torch.get_num_threads()
         payload |= {"bf16": setting.bf16, "channels_last": setting.channels_last}
-        kind = ("-224" if options.large else "") + ("-bf16" if setting.bf16 else "")
+        kind = "-224" * options.large + "-bf16" * setting.bf16 + "-captured" * setting.captured
         print(record(f"speed-step{kind}-{where()}", payload))
 
 
