@@ -487,6 +487,16 @@ def test_a_captured_step_trains_as_a_called_one(outside: bool) -> None:
     assert captured_step._graph is not None
 
 
+def test_a_step_whose_batches_are_left_as_they_are_is_captured() -> None:
+    net = colour_network().to(DEVICE)
+    mix = RobustMixup(net, num_classes=10, p=0)
+    step = CapturedStep(lambda x, y, params: net(mix.augment(x, y, params)[0]).sum())
+    for seed in range(5):
+        x, y = colour_batch(seed)
+        step(x, y, mix.draw(x, y))
+    assert step._graph is not None
+
+
 # The outer loop
 
 

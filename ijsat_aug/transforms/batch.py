@@ -170,7 +170,6 @@ class BatchTransform(nn.Module):
         if params is None:
             return images.detach(), labels, None
         new, labels = self.replay(plain, labels, params)
-        self._seen.add(images.device)
         return new.as_subclass(type(images)), labels, params
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
@@ -184,7 +183,6 @@ class BatchTransform(nn.Module):
             torch.Size([3, 3])
         """
         labels = self._admitted(images, labels)[1]
-        self._seen.add(images.device)
         images = images.detach()
         if self.mode == "append":
             twice = torch.cat([images, images]).as_subclass(type(images))
@@ -197,8 +195,10 @@ class BatchTransform(nn.Module):
         check_images(images)
         plain = images.as_subclass(Tensor)
         self.check(plain, labels)
+        labels = self.as_labels(plain, labels)
         self.last = {}
-        return plain, self.as_labels(plain, labels)
+        self._seen.add(images.device)
+        return plain, labels
 
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""

@@ -256,7 +256,6 @@ class RobustMixup(BatchTransform):
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""
         plain, targets = self._admitted(images, labels)
-        self._seen.add(images.device)
         params = self.draw(plain, targets)
         if params is None:
             return images.detach(), targets

@@ -42,3 +42,10 @@ def test_a_generator_of_another_device_is_drawn_from_there() -> None:
     adv = JointSpaceAdv(small_network(), eta=0, generator=torch.Generator().manual_seed(3))
     draw = adv.make_params(torch.empty(2, 1, 8, 8, device=META), None)["pixel_start"]
     assert draw.device == META
+
+
+def test_a_batch_that_is_left_as_it_is_has_been_looked_at() -> None:
+    adv = JointSpaceAdv(small_network(), eta=0, p=0)
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(adv(x), x)
+    assert adv._seen == {x.device}
