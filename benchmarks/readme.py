@@ -214,16 +214,16 @@ def lowdata_table() -> str:
     return _study(result, ">labels", rivals)
 
 
-def augmentations_table() -> str:
-    """Accuracy with every augmentation and 500 labels, on a GPU."""
+def augmentations_table(name: str) -> str:
+    """Accuracy with every augmentation and few labels, on a GPU."""
     rivals = {"plain": "plain", "mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
-    return _study(load("lowdata-cifar10-gpu"), ">labels", rivals)
+    return _study(load(name), ">labels", rivals)
 
 
-def fashion_table() -> str:
-    """Accuracy with 500 labels of Fashion-MNIST."""
+def fashion_table(name: str) -> str:
+    """Accuracy with few labels of Fashion-MNIST."""
     rivals = {"mixup": "mixup", "CutMix": "CutMix", "mixup for as long": "mixup, for as long as {}"}
-    return _study(load("lowdata-fashion-mnist"), ">labels", rivals)
+    return _study(load(name), ">labels", rivals)
 
 
 def finetune_table() -> str:
@@ -393,9 +393,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "strength": strength_table,
     },
     "docs/methods.md": {
-        "augmentations": augmentations_table,
+        "augmentations": partial(augmentations_table, "lowdata-cifar10-gpu"),
+        "augmentations-2500": partial(augmentations_table, "lowdata-cifar10-2500-gpu"),
         "corruptions": corruptions_table,
-        "fashion": fashion_table,
+        "fashion": partial(fashion_table, "lowdata-fashion-mnist"),
+        "fashion-gpu": partial(fashion_table, "lowdata-fashion-mnist-gpu"),
         "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
         "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
         "corruptions-tuning-split": partial(corruptions_table, "finetune-tuning-split-gpu"),
