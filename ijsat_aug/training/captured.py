@@ -62,9 +62,10 @@ class CapturedStep:
     def __call__(self, *inputs: Any) -> Any:
         """Call the function, or repeat what it did with these inputs."""
         leaves, tree = pytree.tree_flatten(inputs)
-        if not any(_on_gpu(leaf) for leaf in leaves):
+        device = next((leaf.device for leaf in leaves if _on_gpu(leaf)), None)
+        if device is None:
             return self.step(*inputs)
-        with self._aside():
+        with torch.cuda.device(device), self._aside():
             kind = (tree, [_kind_of(leaf) for leaf in leaves])
             if self._kind is None:
                 self._kind = kind
