@@ -70,10 +70,16 @@ class AdversarialWeightPerturbation:
 
     @torch.no_grad()
     def _uphill(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """The weight, moved along its gradient by ``gamma`` of its norm."""
-        length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
-        perturbed: Tensor = weight + gradient * (self.gamma * weight.norm() / length)
-        return perturbed
+        """The weight, moved along its gradient by ``gamma`` of its norm.
+
+        It stays where there is no gradient, or none that is finite, as a GradScaler has them.
+        """
+        tiny = torch.finfo(gradient.dtype).tiny
+        # First to a size whose square is neither zero nor infinite.
+        unit = gradient / gradient.abs().amax().clamp(min=tiny)
+        unit = unit / unit.norm().clamp(min=tiny)
+        perturbed = weight + unit * (self.gamma * weight.norm())
+        return torch.where(perturbed.isfinite().all(), perturbed, weight)
 
     def _refuse_cached_casts(self) -> None:
         devices = {p.device.type for p in self.model.parameters()}

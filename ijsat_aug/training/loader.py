@@ -78,13 +78,17 @@ class AugmentedLoader(Generic[T]):
         self.transform = transform
         self.device = None if device is None else torch.device(device)
         self.plan = Plan(replay, every, epochs or (0, None))
-        self.epoch = 0
         self.heard = self._told()
-        if self.plan != Plan() and not isinstance(transform, BatchTransform):
+        self.epoch = self.heard if isinstance(self.heard, int) else 0
+        if self.plan == Plan():
+            return
+        if not isinstance(transform, BatchTransform):
             raise TypeError(
                 "replay, every and epochs tell an attack when to rest: the transform must be one "
                 f"of ours, not {type(transform).__name__}; put other transforms into the loader."
             )
+        if replay > 1:
+            transform.check_replay()
 
     def __iter__(self) -> Iterator[Any]:
         told = self._told()

@@ -15,7 +15,7 @@ from ..attack.model import Mode, Model, ModelHandle
 from .checks import check_images, check_place
 from .randomness import Randomness
 from .scale import Scale
-from .structure import LabelsGetter, take_apart
+from .structure import LabelsGetter, Parts, take_apart
 
 __all__ = ["BatchTransform"]
 
@@ -134,11 +134,21 @@ class BatchTransform(nn.Module):
         """The batch with other images."""
         if not self.training:
             return batch[0] if len(batch) == 1 else batch
-        parts = take_apart(batch, self.labels_getter)
+        parts = self.parts_of(batch)
         if parts.labels is None and parts.others and self.labels_getter == "default":
             self._find_no_labels()
         images, labels, _ = self.augment(parts.images, parts.labels)
         return parts.rebuild(images, labels)
+
+    def parts_of(self, batch: tuple[Any, ...]) -> Parts:
+        """The images and labels in a batch, and what stands beside them.
+
+        Example:
+            >>> batch = {"image": torch.rand(2, 3, 4, 4), "name": ["a", "b"]}
+            >>> BatchTransform().parts_of((batch,)).images.shape
+            torch.Size([2, 3, 4, 4])
+        """
+        return take_apart(batch, self.labels_getter)
 
     def _find_no_labels(self) -> None:
         """Called where a batch holds more than images, and no labels under a usual name."""
@@ -161,10 +171,7 @@ class BatchTransform(nn.Module):
             >>> bool((mix.augment(x, y, params)[0] == once).all())
             True
         """
-        if self.model is None and self.needs_model:
-            raise ValueError(
-                f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
-            )
+        self._ask(self.needs_model)
         plain, labels = self._admitted(images, labels)
         params = self.draw(plain, labels) if isinstance(params, EllipsisType) else params
         if params is None:
@@ -189,6 +196,13 @@ class BatchTransform(nn.Module):
             return twice, _joined(labels, labels, len(images))
         return images, labels
 
+    def _ask(self, needed: bool) -> None:
+        """Refuse to go on without a model that is needed."""
+        if needed and self.model is None:
+            raise ValueError(
+                f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
+            )
+
     def _admitted(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The batch after all checks: images without torchvision's type, labels as they leave."""
         check_place()
@@ -200,9 +214,13 @@ class BatchTransform(nn.Module):
         self._seen.add(images.device)
         return plain, labels
 
+    def check_replay(self) -> None:
+        """Refuse settings with which :meth:`follow` cannot move a batch along a gradient."""
+        raise TypeError(f"{type(self).__name__} has no attack that could follow a gradient.")
+
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""
-        raise TypeError(f"{type(self).__name__} has no attack that could follow a gradient.")
+        raise NotImplementedError
 
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
         """All that is random for one batch; None when the batch is left as it is.
@@ -210,13 +228,18 @@ class BatchTransform(nn.Module):
         Example:
             >>> BatchTransform(torch.nn.Identity(), p=0).draw(torch.rand(2, 3, 4, 4), None)
         """
+        return self._draw(images, labels, self.make_params)
+
+    def _draw(
+        self, images: Tensor, labels: Any, make: Callable[[Tensor, Any], dict[str, Any]]
+    ) -> dict[str, Any] | None:
         index = self.choose_samples(images)
         if index is None:
-            return self.make_params(images, labels)
+            return make(images, labels)
         if len(index) == 0:
             return None
         some = pick(labels, index, len(images))
-        return {"index": index, **self.make_params(images[index], some)}
+        return {"index": index, **make(images[index], some)}
 
     def choose_samples(self, images: Tensor, scores: Tensor | None = None) -> Tensor | None:
         """Which samples ``p`` and ``fraction`` choose, in order; None where it is all of them.

@@ -286,6 +286,25 @@ class JointSpaceAdv(BatchTransform):
         self.last = outcome.facts
         return outcome.images, labels
 
+    def check_replay(self) -> None:
+        """Refuse what is not one step of the batch itself, away from its labels."""
+        if self.mode == "append":
+            raise ValueError(
+                'a replay moves the batch itself: it needs mode="replace", not "append".'
+            )
+        threat = self.threat
+        asked = {
+            "steps=1": threat.steps == 1, 'objective="ce"': threat.objective == "ce",
+            'target="label"': self.target == "label", "targeted=False": not threat.targeted,
+            "best=False": not threat.best, "tau=None": threat.tau is None,
+        }  # fmt: skip
+        wrong = [setting for setting, fits in asked.items() if not fits]
+        if wrong:
+            raise ValueError(
+                "a replay moves batches once along the gradient of the training loss: it needs "
+                f"{', '.join(wrong)}."
+            )
+
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The images, one linear step along a gradient that the training step found.
 
@@ -295,11 +314,8 @@ class JointSpaceAdv(BatchTransform):
             >>> adv.follow(x, None, torch.tensor([[[[3.0, -0.1]]]]))
             tensor([[[[0.7500, 0.2500]]]])
         """
-        if self.mode == "append":
-            raise ValueError(
-                'a replay moves the batch itself: it needs mode="replace", not "append".'
-            )
-        step = _step_of(self.threat, self.target)
+        self.check_replay()
+        step = replace(self.threat, method="linear", update="joint", latent_steps=None)
         self.last = {}
         scores = None
         if self.choose == "hardest":
@@ -387,22 +403,6 @@ def _of_another_size(flow: Manifold, images: Tensor) -> str:
         "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
     )
     return f"the flow takes images of {one}, the batch has {two}: {then}"
-
-
-def _step_of(threat: Threat, target: Target) -> Threat:
-    """The threat as one step along a given gradient, if it can be that."""
-    asked = {
-        "steps=1": threat.steps == 1, 'objective="ce"': threat.objective == "ce",
-        'target="label"': target == "label", "targeted=False": not threat.targeted,
-        "best=False": not threat.best, "tau=None": threat.tau is None,
-    }  # fmt: skip
-    wrong = [setting for setting, fits in asked.items() if not fits]
-    if wrong:
-        raise ValueError(
-            "a replay moves batches once along the gradient of the training loss: it needs "
-            f"{', '.join(wrong)}."
-        )
-    return replace(threat, method="linear", update="joint", latent_steps=None)
 
 
 def _other(labels: Tensor | None, draw: Tensor) -> Deferred:

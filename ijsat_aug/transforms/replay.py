@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from .batch import BatchTransform
-from .structure import take_apart
 
 __all__ = ["replay"]
 
@@ -41,7 +40,7 @@ def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
     if not transform.training:
         yield from (batch for _ in range(times))
         return
-    parts = take_apart((batch,), transform.labels_getter)
+    parts = transform.parts_of((batch,))
     calm, labels = transform.calm(parts.images, parts.labels)
     images = calm
     for turn in range(times):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from ..attack.balls import Norm
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold, on_device
-from .batch import BatchTransform
+from .batch import BatchTransform, pick, spread
 from .blend import Space
 from .checks import check_blendable, check_flow, check_manifold, check_one_weight, find_flow
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
 from .scale import Scale
-from .structure import LabelsGetter, geometry_in
+from .structure import LabelsGetter, Parts, geometry_in
 
 __all__ = ["RobustMixup"]
 
@@ -154,6 +154,7 @@ class RobustMixup(BatchTransform):
         if not per_sample:
             check_one_weight(draws, lam_steps)
         self.draws = draws
+        self._mixed: Tensor | None = None  # the samples that a calm batch has mixed
         own: dict[str, Any] = {
             "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
             "objective": objective, "random_start": random_start,
@@ -219,7 +220,12 @@ class RobustMixup(BatchTransform):
     def needs_model(self) -> bool:
         """Whether there is anything to ask of a model."""
         own = isinstance(self.attack, BatchTransform) and self.attack.model is None
-        return own or self.mix.lam_steps > 0 or self.draws > 1
+        return own or self._weighs
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether a model chooses the mixing weights."""
+        return self.mix.lam_steps > 0 or self.draws > 1
 
     def bind(self, model: Model) -> RobustMixup:
         """Set the model, also of an attack that has none or shares this one's."""
@@ -228,11 +234,10 @@ class RobustMixup(BatchTransform):
             self.attack.bind(model)
         return super().bind(model)
 
-    def forward(self, *batch: Any) -> Any:
-        """The batch with attacked blends and their labels."""
-        if self.training:
-            check_blendable(geometry_in(batch))
-        return super().forward(*batch)
+    def parts_of(self, batch: tuple[Any, ...]) -> Parts:
+        """The images and labels in a batch, where nothing stands beside them that cannot blend."""
+        check_blendable(geometry_in(batch))
+        return super().parts_of(batch)
 
     def check(self, images: Tensor, labels: Any) -> None:
         """Refuse a bad batch before anything runs."""
@@ -255,23 +260,38 @@ class RobustMixup(BatchTransform):
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""
+        self._ask(self._weighs)
         plain, targets = self._admitted(images, labels)
-        params = self.draw(plain, targets)
+        params = self._draw(plain, targets, self._mixing)
         if params is None:
+            self._mixed = torch.empty(0, dtype=torch.long, device=images.device)
             return images.detach(), targets
+        self._mixed = params.get("index")
         mixed, targets = self.replay(plain, targets, params | {"attack": None})
         return mixed.as_subclass(type(images)), targets
 
-    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
-        """The mixed batch, moved along a gradient as the attack moves it."""
+    def check_replay(self) -> None:
+        """Refuse what is not a plain blend, or does not move as it comes."""
         if self.climb is None or self.mode == "append" or self.mix != Mix(space=self.mix.space):
             raise ValueError(
                 "a replay of RobustMixup moves plain blends along a gradient: it needs an attack "
                 'of ours, mode="replace", order="mix-attack", label="linear" and lam_steps=0.'
             )
-        moved = self.climb.follow(images, labels, gradient)
-        self.last |= self.climb.last
-        return moved
+        self.climb.check_replay()
+
+    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+        """The mixed batch, whose blends move along a gradient as the attack moves them."""
+        self.check_replay()
+        attack, index, count = cast(BatchTransform, self.climb), self._mixed, len(images)
+        if not attack.training or (index is not None and len(index) == 0):
+            return images.detach()
+        if index is None:
+            moved = attack.follow(images, labels, gradient)
+            self.last |= attack.last
+            return moved
+        some = attack.follow(images[index], pick(labels, index, count), gradient[index])
+        self.last |= spread(attack.last, index, count)
+        return images.detach().index_copy(0, index, some)
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
         """The mixing weights, and what the attack draws.
@@ -282,12 +302,17 @@ class RobustMixup(BatchTransform):
             >>> lam.shape, bool((0 <= lam).all() and (lam <= 1).all())
             (torch.Size([4]), True)
         """
+        params = self._mixing(images, labels)
+        if isinstance(self.attack, BatchTransform) and self.attack.training:
+            params["attack"] = self.attack.draw(images, labels)
+        return params
+
+    def _mixing(self, images: Tensor, labels: Any) -> dict[str, Any]:
+        """What is random in blends that nothing attacks."""
         count = len(images)
         shape = (self.draws, count if self.per_sample else 1)
         lam = self.random.beta(self.alpha, shape, images.device).expand(-1, count)
         params: dict[str, Any] = {"lam": lam[0] if self.draws == 1 else lam}
-        if isinstance(self.attack, BatchTransform) and self.attack.training:
-            params["attack"] = self.attack.draw(images, labels)
         if self.handle.mode == "train":
             params["seed"] = self.random.seed()
         return params

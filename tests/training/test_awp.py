@@ -132,3 +132,26 @@ def test_a_frozen_model_has_nothing_to_perturb(net, digits, labels) -> None:
         awp(lambda: F.cross_entropy(net(digits), labels)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [(0.5, float("inf")), (0.5, float("nan")), (2.0, 0.0), (0.5, 1e-30)],
+    ids=["infinite", "not a number", "none", "tiny"],
+)
+def test_a_gradient_that_says_nothing_costs_no_weights(weight: float, value: float) -> None:
+    """A GradScaler skips the step of such a batch, and training goes on from the same weights."""
+    net = nn.Linear(400, 400, bias=False)
+    nn.init.constant_(net.weight, weight)
+    before = net.weight.detach().clone()
+    x = torch.full((3, 400), value)
+    moved = []
+
+    def loss() -> Tensor:
+        moved.append((net.weight - before).norm() / before.norm())
+        return net(x).square().mean() if value != 1e-30 else net(x).mean()
+
+    with AdversarialWeightPerturbation(net, gamma=0.01)(loss) as found:
+        found.backward()
+    assert torch.equal(net.weight, before)
+    assert float(moved[1].detach()) == pytest.approx(0.01 if value == 1e-30 else 0, rel=1e-3)

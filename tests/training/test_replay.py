@@ -201,3 +201,56 @@ def test_mistakes(net, digits, labels, flow) -> None:
         AugmentedLoader(batches, JointSpaceAdv(eta=0), epochs=(3, 2))
     with pytest.raises(ValueError, match="choose must be"):
         JointSpaceAdv(eta=0, choose="best")
+
+
+def moves(mix: RobustMixup, net: nn.Module, digits: Tensor, labels: Tensor) -> list[list[int]]:
+    """The samples that the second showing of each batch moved."""
+    seen = shown(AugmentedLoader(loader(digits, labels), mix, replay=2), net)
+    pairs = zip(seen[::2], seen[1::2], strict=True)
+    return [(a != b).flatten(1).any(1).nonzero().flatten().tolist() for (a, _), (b, _) in pairs]
+
+
+@pytest.mark.parametrize(("options", "count"), [({"p": 0.0}, 0), ({"fraction": 0.25}, 2), ({}, 8)])
+def test_a_replay_moves_the_blends_alone(options, count, net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, eps=0.1, generator=0, **options)
+    mix.climb.random_start = False
+    mixed = []
+    calm = mix.calm
+
+    def spied(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        blends, soft = calm(images, targets)
+        mixed.append((blends != images).flatten(1).any(1).nonzero().flatten().tolist())
+        return blends, soft
+
+    mix.calm = spied
+    found = moves(mix, net, digits, labels)
+    assert found == mixed
+    assert [len(one) for one in found] == [count] * 3
+    if 0 < count < 8:
+        assert mix.last["pixel_norm"].count_nonzero() == count
+
+
+def test_an_attack_that_rests_does_so_in_a_replay(net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, eps=0.1)
+    mix.climb.eval()
+    assert moves(mix, net, digits, labels) == [[]] * 3
+
+
+def test_the_hardest_blends_move(net, digits, labels) -> None:
+    attack = JointSpaceAdv(net, eta=0, eps=0.1, fraction=0.5, choose="hardest", random_start=False)
+    mix = RobustMixup(net, num_classes=10, attack=attack)
+    assert [len(one) for one in moves(mix, net, digits, labels)] == [4] * 3
+
+
+def test_what_stands_beside_images_is_not_forgotten_where_nothing_attacks(net, digits, labels):
+    batch = {"image": digits[:8], "label": labels[:8], "mask": torch.zeros(8, 8, 8)}
+    mix = RobustMixup(net, num_classes=10)
+    for plan in ({"epochs": (5, None)}, {"replay": 2}, {"every": 2}):
+        with pytest.raises(ValueError, match="mask"):
+            next(iter(AugmentedLoader([batch], mix, **plan)))
+
+
+def test_weights_that_a_model_chooses_need_it_at_rest_too(digits, labels) -> None:
+    mix = RobustMixup(num_classes=10, draws=4)
+    with pytest.raises(ValueError, match="has no model yet"):
+        next(iter(AugmentedLoader(loader(digits, labels), mix, epochs=(5, None))))
