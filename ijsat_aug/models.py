@@ -17,7 +17,7 @@ from torch import Tensor, nn
 __all__ = ["first_logits", "load_model"]
 
 _WRAPPERS = ("model", "state_dict", "net", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 
 def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
@@ -142,18 +142,7 @@ def _state(weights: str | Path) -> dict[str, Tensor]:
         path = path.with_name(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found: Any = load_file(path)
-    else:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than tensors alone, which could run code: save the model's "
-                "state_dict()."
-            ) from error
+    found = _read(path)
     if key is not None:
         if not (isinstance(found, Mapping) and key in found):
             raise ValueError(f"{path} holds nothing under the key {key!r}.")
@@ -164,6 +153,25 @@ def _state(weights: str | Path) -> dict[str, Tensor]:
     if not (isinstance(found, Mapping) and found and _all_tensors(found)):
         raise ValueError(f"{path} holds no state dict of tensors.")
     return dict(found)
+
+
+def _read(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors alone, which could run code, or no weights at all: "
+            "save the model's state_dict()."
+        ) from error
+    except (RuntimeError, KeyError, IndexError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read: it is damaged, or no file of torch.save or safetensors."
+        ) from error
 
 
 def _all_tensors(found: Mapping[str, Any]) -> bool:
@@ -183,9 +191,11 @@ def _of_the_model(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tenso
     """The state without what wrappers put before its names and beside its tensors."""
     if "n_averaged" not in wanted:  # of AveragedModel
         state = {key: value for key, value in state.items() if key != "n_averaged"}
-    for prefix in _PREFIXES:
-        if not wanted & set(state) and all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+    while state and not wanted & set(state):  # one wrapper in another: one prefix after the other
+        found = [p for p in _PREFIXES if all(key.startswith(p) for key in state)]
+        if not found:
+            break
+        state = {key[len(found[0]) :]: value for key, value in state.items()}
     return {key: value for key, value in state.items() if not _of_a_twin(key, wanted)}
 
 

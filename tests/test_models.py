@@ -105,6 +105,28 @@ def test_a_model_whose_names_look_like_a_wrapper(tmp_path, monkeypatch) -> None:
     assert torch.equal(again.model.weight, own.model.weight)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.module.", "model._orig_mod.", "module.module.", "model.module.", "net."]
+)
+def test_wrappers_in_wrappers(file, prefix) -> None:
+    """torch.compile(DDP(net)), a LightningModule's compiled self.model, AveragedModel of DDP."""
+    state = {"1.weight": torch.randn(10, 64), "1.bias": torch.ones(10)}
+    path = file.with_suffix(".pt")
+    torch.save({prefix + name: value for name, value in state.items()}, path)
+    assert torch.equal(load_model(f"{file}:make", path)[1].weight, state["1.weight"])
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5, None])
+def test_damaged_weights(file, tmp_path, name, kept) -> None:
+    path = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)({"w": torch.ones(500)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(b"engine" if kept is None else whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=r"cannot be read|no weights at all"):
+        load_model(f"{file}:make", path)
+
+
 def test_the_users_mistakes(file, tmp_path) -> None:
     torch.save({"1.weight": torch.ones(10, 3)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ Route = Literal["clean", "auxiliary"]
 Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
 
+_MANY = 256  # things that something holds, beyond which none of them is looked at
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
@@ -29,7 +31,8 @@ class ModelHandle:
     It is not a module: the model is neither registered nor moved nor copied with what holds the
     handle. Wrappers with side effects (DDP, DataParallel, the averaged model of EMA) are taken off;
     a compiled model stays compiled. Of a callable that is no module, the module behind it (a bound
-    method, a partial, a closure) is frozen; what a function finds among global names is not.
+    method, a partial, a closure, an object that is called) is frozen; what a function finds among
+    global names is not.
 
     Args:
         model: A module, or any callable from images to logits; None until there is one.
@@ -98,11 +101,18 @@ class ModelHandle:
         if self.memory_format is not None:
             images = images.contiguous(memory_format=self.memory_format)
         device = images.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        low = None
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)
+        else:
             images = images.to(self._dtype(images.dtype))
         assert self.model is not None
         logits = logits_of(self.model(images))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        half = torch.float16 in (low, logits.dtype)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if half and logits.requires_grad:
+            logits.register_hook(_of_size_one)
+        return logits
 
     @contextmanager
     def frozen(self, device: torch.device, seed: int | None = None) -> Iterator[None]:
@@ -164,6 +174,15 @@ class ModelHandle:
         # The model is shared, unless it is copied beside this: a module may hold both.
         twin = memo.get(id(self.model))
         return self if twin is None else self.to(twin)
+
+
+def _of_size_one(gradient: Tensor) -> Tensor:
+    """The gradient of each sample at its logits, of size 1: a direction is all that attacks want.
+
+    In float16 that of a sample which the model is sure of would vanish on its way to the image.
+    """
+    size = gradient.abs().flatten(1).amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    return gradient / size.view(-1, *(1,) * (gradient.ndim - 1))
 
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:
@@ -232,20 +251,45 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _parts(model: Any) -> Iterator[nn.Module]:
+def _parts(model: Any) -> Iterable[nn.Module]:
     """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.Module):
-        yield from model.modules()
-    elif isinstance(model, partial):
-        yield from _parts(model.func)
-    elif isinstance(getattr(model, "__self__", None), nn.Module):  # a bound method
-        yield from _parts(model.__self__)
-    elif hasattr(model, "__wrapped__") or hasattr(model, "_torchdynamo_orig_callable"):
-        yield from _parts(getattr(model, "__wrapped__", None) or model._torchdynamo_orig_callable)
-    else:  # a function: what it closes over
-        cells = (c.cell_contents for c in getattr(model, "__closure__", None) or () if _full(c))
-        yield from {m: None for c in cells if isinstance(c, nn.Module) for m in c.modules()}
+    return {part: None for root in _roots(model) for part in root.modules()}
+
+
+def _roots(thing: Any, depth: int = 5, inside: bool = False) -> Iterator[nn.Module]:
+    """The modules that something callable holds, or what it holds does.
+
+    Of an object the attributes are looked at, but not the objects among them (``inside``).
+    """
+    thing = getattr(thing, "_orig_mod", thing)
+    if isinstance(thing, nn.Module):
+        yield thing
+        return
+    held = _held_by(thing)
+    if held is None and not inside and not isinstance(thing, (type, ModuleType, Tensor)):
+        held, inside = list(getattr(thing, "__dict__", {}).values()), True
+    if depth and held is not None and len(held) <= _MANY:
+        for inner in held:
+            yield from _roots(inner, depth - 1, inside)
+
+
+def _held_by(thing: Any) -> Sequence[Any] | None:
+    """What is in a function or a container; None of another object."""
+    if isinstance(thing, (list, tuple)):
+        return thing
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if isinstance(thing, partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, MethodType):
+        return (thing.__self__,)
+    wrapped = getattr(thing, "__wrapped__", None)
+    wrapped = wrapped or getattr(thing, "_torchdynamo_orig_callable", None)
+    if wrapped is not None:
+        return (wrapped,)
+    if isinstance(thing, FunctionType):
+        return [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
+    return None
 
 
 def _full(cell: Any) -> bool:

@@ -231,11 +231,13 @@ def robust_mixup(
     if model is None and (lam_steps or len(weights) > 1 or (attack is None and eps > 0)):
         raise ValueError("robust_mixup asks a model here: pass one, or lam_steps=0 and eps=0.")
     threat = Threat(eps=eps, norm=norm, steps=steps, step_size=step_size, objective=objective)
-    if attack is not None and threat != Threat(eps=0.0):
-        raise ValueError("eps, norm, steps, step_size and objective belong to the built-in attack.")
+    if attack is not None and (threat != Threat(eps=0.0) or pixel_start is not None):
+        raise ValueError(
+            "eps, norm, steps, step_size, objective and pixel_start belong to the built-in attack."
+        )
+    check_start("pixel_start", pixel_start, images.shape)
     if attack is None and eps > 0:
         assert model is not None
-        check_start("pixel_start", pixel_start, images.shape)
         attack = partial(
             joint_space_adv, model=model, eps=eps, norm=norm, steps=steps, step_size=step_size,
             objective=objective, pixel_start=pixel_start, mean=mean, std=std, seed=seed,

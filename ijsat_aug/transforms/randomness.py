@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ class Randomness:
     """
 
     def __init__(self, source: torch.Generator | int | None = None) -> None:
-        if not (source is None or isinstance(source, (int, torch.Generator))):
+        if not (source is None or isinstance(source, (Integral, torch.Generator))):
             raise TypeError(
                 f"generator must be a torch.Generator or a seed, got {type(source).__name__}."
             )
-        self._seed = source if isinstance(source, int) else None
+        self._seed = int(source) if isinstance(source, Integral) else None
         self._generators: dict[str, torch.Generator] = {}
         self._given = source if isinstance(source, torch.Generator) else None
 

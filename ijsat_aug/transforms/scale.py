@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,7 +81,8 @@ class Scale:
             )
         raise ValueError(
             f"with this mean and std the batch has pixels from {low:.3g} to {high:.3g}, outside "
-            "[0, 1]: pass the mean= and std= that it was normalised with, or leave them out."
+            "[0, 1]: pass the mean= and std= that it was normalised with, or leave them out; what "
+            "is erased after the normalisation, erase with a constant, not with noise."
         )
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -134,4 +135,4 @@ def _wide(values: tuple[float, ...], like: tuple[float, ...]) -> tuple[float, ..
 def _floats(values: Sequence[float] | float) -> tuple[float, ...]:
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
-    return (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    return tuple(float(v) for v in values) if isinstance(values, Iterable) else (float(values),)

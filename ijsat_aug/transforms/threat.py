@@ -86,6 +86,11 @@ class Threat:
                 f"objective must be one of {choices} or a callable (logits, target) -> per-sample "
                 f"losses; got {self.objective!r}."
             )
+        if self.targeted and self.objective == "kl":
+            raise ValueError(
+                'objective="kl" leaves the model\'s own prediction, whatever the labels are: '
+                'targeted=True needs another, such as "ce".'
+            )
         _check_count("steps", self.steps, 0)
         if self.tau is not None:
             _check_count("tau", self.tau, 0)

@@ -416,7 +416,30 @@ def test_models_of_mixed_precision_get_the_batch_as_it_is(network, digits, label
 def test_any_callable_is_a_model(network, digits, labels) -> None:
     expected, _ = JointSpaceAdv(network, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
     before = state(network)
-    models = (network.forward, lambda x: {"logits": network(x)}, functools.partial(network))
+
+    class Holder:
+        def __init__(self) -> None:
+            self.heads, self.name, self.itself = [network], "holder", self
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.heads[0](x)
+
+        def ask(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    def apply(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x)
+
+    def outer(x: Tensor) -> Tensor:
+        return closed(x)
+
+    holder, heads = Holder(), {"a": network}
+    closed = lambda x: {"logits": network(x)}  # noqa: E731
+    models = (
+        network.forward, closed, outer, functools.partial(network), holder, holder.ask,
+        functools.partial(apply, network), functools.partial(lambda x, net: net(x), net=network),
+        lambda x: holder(x), lambda x: heads["a"](x),
+    )  # fmt: skip
     for model in models:  # each in train mode, and frozen while it is attacked
         out, _ = JointSpaceAdv(model, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
         assert torch.equal(out, expected)
@@ -455,3 +478,23 @@ def test_a_foreign_flow_runs_in_full_precision(network, digits, labels) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             adv(digits[:4], labels[:4])
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_in_float16_samples_move_that_the_model_is_sure_of(norm, network, digits, labels) -> None:
+    """Where the gradient of their loss would be zero at the image, for want of small numbers."""
+    x, y = digits[:64], labels[:64]
+    margin = 14 * nn.functional.one_hot(y, 10)
+
+    def sure(images: Tensor) -> Tensor:
+        return network(images) + margin.to(images.dtype)
+
+    options = {"eta": 0, "eps": 0.1, "norm": norm, "random_start": False}
+    steps = [
+        JointSpaceAdv(sure, amp_dtype=dtype, **options)(x, y)[0] - x
+        for dtype in (torch.float32, torch.float16)
+    ]
+    for step in steps:
+        assert (step != 0).flatten(1).any(1).all()
+    exact, low = (step.flatten(1) for step in steps)
+    assert nn.functional.cosine_similarity(exact, low).min() > 0.9

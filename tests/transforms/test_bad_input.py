@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
 
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
-from ijsat_aug.transforms.functional import joint_space_adv
+from ijsat_aug.transforms.functional import joint_space_adv, robust_mixup
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
 X, Y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -162,6 +163,7 @@ def test_dense_outputs_with_a_callable_objective(network) -> None:
         ({"p": 1.5}, "p is a probability"),
         ({"target": "other"}, '"label", "prediction" or "random"'),
         ({"target": "random"}, "set targeted=True"),
+        ({"targeted": True, "objective": "kl"}, 'needs another, such as "ce"'),
         ({"objective": "kl", "random_start": False}, "needs a random start"),
         ({"objective": "kl", "method": "linear", "eps": 0}, "needs a random start"),
         ({"mean": 0.5}, "mean and std belong together"),
@@ -328,3 +330,25 @@ def test_in_a_worker(network) -> None:
     )
     with pytest.raises(ValueError, match=r"DataLoader worker.*stale copy"):
         next(iter(loader))
+
+
+def test_numbers_of_numpy_are_numbers(network, digits, labels) -> None:
+    x = (digits[:4] - 0.5) / 0.25
+    outs = [
+        JointSpaceAdv(network, eta=0, generator=seed, mean=mean, std=std)(x, labels[:4])[0]
+        for seed, mean, std in (
+            (3, 0.5, 0.25), (np.int64(3), np.float32(0.5), np.array([0.25])),
+        )
+    ]  # fmt: skip
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("eps", [0, 0.1])
+def test_the_start_of_an_attack_that_is_not_ours(eps, network, digits, labels) -> None:
+    options = {"lam": 0.5, "num_classes": 10, "pixel_start": torch.zeros_like(digits[:4])}
+    if eps:
+        options["attack"] = lambda x, t: x
+    else:
+        options["pixel_start"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="pixel_start"):
+        robust_mixup(digits[:4], labels[:4], network, **options)
