@@ -13,7 +13,9 @@ from ..flows.files import check_target, write_atomically
 from ..models import load_model
 from .render import to_html, to_markdown
 from .report import Report
-from .run import evaluate
+from .run import checked, evaluate
+from .store import fingerprint
+from .table import check_same_images
 
 __all__ = ["run"]
 
@@ -70,6 +72,8 @@ def run(
             f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
             "each class, or save an array 'labels' beside 'images'."
         )
+    if before is not None:
+        check_same_images(fingerprint(*checked(data.pixels, data.labels)), before)
     report = evaluate(
         network.to(place), data.pixels, data.labels, threats=threats,
         flow=manifold, corruptions=corruptions, corruption_files=corruption_files, mean=mean,

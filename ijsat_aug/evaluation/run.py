@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .store import Store, fingerprint
 from .threats import Threat, select_threats
 from .victim import Victim
 
-__all__ = ["evaluate"]
+__all__ = ["checked", "evaluate"]
 
 _SHOWN_SEVERITY = 3
 _SHOWN = 6
@@ -87,7 +88,7 @@ def evaluate(
         >>> report.accuracy("linf") <= report.accuracy("clean")
         True
     """
-    x, y = _checked(images, labels)
+    x, y = checked(images, labels)
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
     chosen = select_threats(threats, flow, x.shape[1:])
@@ -102,10 +103,13 @@ def evaluate(
     check_logits(logits, 1, y, values=True)
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
+    # A function has no weights to tell it from another.
+    of_these["logits"] = logits.flatten()[:32].tolist()
     store = Store(folder, of_these, overwrite=overwrite)
     work = Work(victim, x, y, seed, batches, store, Display(progress))
     results: dict[str, Result] = {}
     warnings: list[str] = []
+    source, origins = _source(x, y, corruption_files, corrupted, seed, victim.device)
     with work.display:
         warnings += work.doubts()
         clean = work.clean()
@@ -116,8 +120,7 @@ def evaluate(
             parts = {k: int(v) for k, v in result.notes.items()}
             warning = black_box_wins(parts, len(x))
             warnings += [] if warning is None else [warning]
-        source = _source(x, y, corruption_files, corrupted, seed, victim.device)
-        for result in work.corruptions(corrupted, source):
+        for result in work.corruptions(corrupted, source, origins):
             results[result.name] = result
     truth = tuple(int(y[i]) for i in work.shown)
     names = None if classes is None else tuple(classes)
@@ -208,12 +211,15 @@ class Work:
 
         return self._keep(threat, attack, right)
 
-    def corruptions(self, names: Sequence[str], source: Source) -> Iterator[Result]:
+    def corruptions(
+        self, names: Sequence[str], source: Source, origins: Mapping[str, str]
+    ) -> Iterator[Result]:
         """The accuracy under each corruption at each severity."""
         for name in names:
             for severity in SEVERITIES:
                 title, budget = name.replace("_", " "), f"severity {severity}"
-                entry = Entry(f"{name}/{severity}", title, "corruption", budget, 0, "")
+                origin = origins.get(name, "")
+                entry = Entry(f"{name}/{severity}", title, "corruption", budget, 0, origin)
                 kept = self._kept(entry)
                 if kept is None:
 
@@ -291,12 +297,15 @@ Source = Callable[[str, int, int, int], Tensor]
 def _source(
     x: Tensor, y: Tensor, folder: str | Path | None, names: Sequence[str], seed: int,
     device: torch.device,
-) -> Source:  # fmt: skip
+) -> tuple[Source, dict[str, str]]:  # fmt: skip
+    """What gives corrupted images, and of those from files a word that knows them again."""
     pixels = (x * 255).round().byte() if names else x
     if folder is None or not names:
-        return lambda name, severity, begin, end: corrupt(
-            pixels[begin:end], name, severity, seed=seed, first=begin, device=device
-        )
+
+        def make(name: str, severity: int, begin: int, end: int) -> Tensor:
+            return corrupt(pixels[begin:end], name, severity, seed=seed, first=begin, device=device)
+
+        return make, {}
     files = CorruptionFiles(folder)
     for name in names:
         files.ensure(name, pixels, y, seed=seed, device=device)
@@ -309,11 +318,18 @@ def _source(
             )
         return images
 
-    return read
+    firsts = {name: tuple(read(name, severity, 0, 1) for severity in SEVERITIES) for name in names}
+    return read, {name: f"files {fingerprint(*images)}" for name, images in firsts.items()}
 
 
-def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels in [0, 1] and classes, on the CPU."""
+def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels in [0, 1] and classes, on the CPU.
+
+    Example:
+        >>> x, _ = checked(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8), torch.tensor([3]))
+        >>> x.max()
+        tensor(1.)
+    """
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
         images = images.float() / 255
     check_images(images)
@@ -323,6 +339,8 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if len(images) == 0:
         raise ValueError("there are no images to evaluate on.")
     low, high = (float(v) for v in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("the images hold NaN or infinite values: look where they come from.")
     if low < 0 or high > 1:
         raise ValueError(
             f"the images have values from {low:.3g} to {high:.3g}: pass pixels in [0, 1] or uint8, "

@@ -43,9 +43,13 @@ class Store:
         place = self.folder / _SETTINGS
         before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
         wanted = json.loads(json.dumps(dict(settings)))
+        # The same model may answer a little differently, as on another machine.
+        if before is not None and _alike(before.get("logits"), wanted.get("logits")):
+            wanted["logits"] = before["logits"]
         if before is not None and before != wanted:
             if not overwrite:
-                other = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+                other = [k for k in {*before, *wanted} if before.get(k) != wanted.get(k)]
+                other = sorted({"model" if k == "logits" else k for k in other})
                 raise ValueError(
                     f"{self.folder} holds results of another {', '.join(other)}: choose another "
                     "folder, or pass overwrite=True (--overwrite)."
@@ -72,8 +76,17 @@ class Store:
         if self.folder is None:
             return None
         words = f"{entry.name}-{entry.budget}-{entry.steps}"
+        if entry.kind == "corruption":
+            words += entry.reference  # the files that it comes from
         plain = "".join(c if c.isalnum() else "-" for c in entry.name)
         return self.folder / f"result-{plain}-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
+
+
+def _alike(before: list[float] | None, now: list[float] | None) -> bool:
+    if before is None or now is None or len(before) != len(now):
+        return False
+    within = 0.01 * max(map(abs, before), default=0.0)
+    return all(abs(b - n) <= within for b, n in zip(before, now, strict=True))
 
 
 def fingerprint(*things: Any) -> str:

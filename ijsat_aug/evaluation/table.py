@@ -9,7 +9,7 @@ from statistics import fmean
 from .corruptions.scores import corruption_score
 from .report import Kind, Report, Result, Share, wilson
 
-__all__ = ["Row", "rows"]
+__all__ = ["Row", "check_same_images", "rows"]
 
 _HEADINGS: tuple[tuple[Kind, str], ...] = (
     ("clean", "Clean"),
@@ -83,7 +83,8 @@ def rows(report: Report, against: Report | None = None) -> list[Row]:
         >>> [(row.title, row.percent) for row in rows(found)]
         [('clean', '75.0'), ('PGD L∞', '50.0'), ('worst case of 1 attack', '50.0')]
     """
-    _same_images(report, against)
+    if against is not None:
+        check_same_images(report.settings.get("data"), against)
     found = []
     for kind, part in _HEADINGS:
         results = report.of_kind(kind)
@@ -158,9 +159,7 @@ def _paired(right: str, other: str) -> Share:
     return Share(change, change - 1.96 * spread, change + 1.96 * spread)
 
 
-def _same_images(report: Report, against: Report | None) -> None:
-    if against is None:
-        return
-    ours, theirs = report.settings.get("data"), against.settings.get("data")
-    if ours != theirs:
+def check_same_images(ours: str | None, against: Report) -> None:
+    """Refuse to compare what is of other images, given the fingerprint of ours."""
+    if ours != against.settings.get("data"):
         raise ValueError("the two reports are of different images and cannot be compared.")

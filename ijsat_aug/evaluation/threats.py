@@ -14,8 +14,9 @@ from ..attack.ascent import Landscape, ascend, select
 from ..attack.balls import Norm, unit_ball
 from ..attack.objectives import cross_entropy
 from ..flows.calibration import recommended_eta
-from ..flows.manifold import Manifold, on_device
+from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import at_size
+from ..transforms.checks import check_channels
 from ..transforms.functional import joint_space_adv
 from ..words import number
 from .autoattack import auto_attack
@@ -72,9 +73,12 @@ def joint(flow: Manifold | None, norm: Norm, eps: float, eta: float, steps: int)
     """The joint-space attack, from a random start."""
 
     def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
-        manifold = latent_start = None
+        manifold: Any = None
+        latent_start = None
         if flow is not None:
             manifold = at_size(on_device(flow, x.device), (x.shape[2], x.shape[3]))
+            if needs_labels(manifold):
+                manifold = manifold.of_labels(y)
             latent_start = eta * (2 * draws.uniform((len(x), manifold.latent_dim)) - 1)
         pixel_start = eps * unit_ball(norm, tuple(x.shape), draws.uniform, draws.normal)
         images = joint_space_adv(
@@ -104,8 +108,9 @@ def make_threat(
     """A threat from its name, as in ``"linf"``, ``"l2=0.5"``, ``"jsa=4/255@20"``.
 
     Args:
-        text: ``name[=budget][@steps]``. The budget of ``om`` is eta, that of ``jsa`` eps.
-        flow: For ``om`` and ``jsa``; its calibration tells their eta.
+        text: ``name[=budget][@steps]``. The budget of ``om`` is eta, that of ``jsa`` eps, or both
+            as in ``"jsa=8/255:0.1"``.
+        flow: For ``om`` and ``jsa``; its calibration tells the eta that is not given.
         shape: ``(C, H, W)`` of the images: an L2 budget that is not given is 1 for 3x32x32, and
             grows with the root of the number of values.
 
@@ -113,18 +118,20 @@ def make_threat(
         >>> make_threat("stadv").budget, make_threat("l2", shape=(3, 224, 224)).budget
         ('0.05', '7')
     """
-    head, _, steps_text = text.partition("@")
-    name, _, budget_text = head.partition("=")
+    name, budget_text, steps_text = _taken_apart(text)
     if name not in NAMES:
         raise ValueError(f"there is no threat {name!r}; there are {', '.join(NAMES)}.")
-    budget = _budget(budget_text) if budget_text else None
+    eta_text = ""
+    if name == "jsa":
+        budget_text, _, eta_text = budget_text.partition(":")
+    budget, eta = (_budget(part) if part else None for part in (budget_text, eta_text))
     if steps_text and not (steps_text.isdecimal() and int(steps_text) > 0):
         raise ValueError(f"steps after '@' must be a number > 0, got {steps_text!r}.")
     steps = int(steps_text) if steps_text else None
     if name in ("linf", "l2", "autoattack", "autoattack_l2"):
         return _lp(name, budget, steps, shape)
     if name in ("om", "jsa"):
-        return _manifold(name, budget, steps, flow)
+        return _manifold(name, budget, eta if name == "jsa" else budget, steps, flow, shape)
     info = SPACES[name]
     budget, steps = budget if budget is not None else info.budget, steps or info.steps
     # Whether it can be made of such images shows now, not after the threats before it.
@@ -138,28 +145,50 @@ def select_threats(
 ) -> list[Threat]:
     """Threats by name or by group; a group leaves out what needs a flow where there is none.
 
-    A threat of your own stays what it is.
+    A threat of your own stays what it is, and what is asked for by name takes the place of what a
+    group has of that name.
 
     Example:
         >>> [threat.name for threat in select_threats(["quick"])]
         ['linf', 'l2']
-        >>> [threat.name for threat in select_threats(["linf=2/255", "fog"])]
-        ['linf', 'fog']
+        >>> select_threats(["quick", "linf=2/255@10", "fog"])[::2]
+        [Threat('linf', budget='2/255', steps=10), Threat('fog', budget='0.4', steps=50)]
     """
     if isinstance(names, str):
         raise TypeError(f"threats must be a list, as in [{names!r}].")
+    asked: dict[str, Threat] = {}
+    for name in names:
+        if isinstance(name, Threat) or name not in GROUPS:
+            threat = name if isinstance(name, Threat) else make_threat(name, flow, shape)
+            first = asked.setdefault(threat.name, threat)
+            if (first.budget, first.steps) != (threat.budget, threat.steps):
+                raise ValueError(
+                    f"{first!r} and {threat!r} have one name, and a report has room for one of "
+                    "them: evaluate twice."
+                )
     found: dict[str, Threat] = {}
     for name in names:
-        for threat in [name] if isinstance(name, Threat) else _members(name, flow, shape):
-            found.setdefault(threat.name, threat)
+        for member in _members(name, with_flow=flow is not None):
+            if member not in found:
+                found[member] = asked.get(member) or make_threat(member, flow, shape)
     return list(found.values())
 
 
-def _members(name: str, flow: Manifold | None, shape: Sequence[int]) -> list[Threat]:
-    members = GROUPS.get(name, (name,))
-    if name in GROUPS and flow is None:
-        members = tuple(m for m in members if m not in ("om", "jsa"))
-    return [make_threat(member, flow, shape) for member in members]
+def _members(name: str | Threat, with_flow: bool) -> list[str]:
+    """The names of the threats that are meant."""
+    if isinstance(name, Threat):
+        return [name.name]
+    members = GROUPS.get(name)
+    if members is None:
+        return [_taken_apart(name)[0]]
+    return [m for m in members if with_flow or m not in ("om", "jsa")]
+
+
+def _taken_apart(text: str) -> tuple[str, str, str]:
+    """Name, budget and steps."""
+    head, _, steps = text.partition("@")
+    name, _, budget = head.partition("=")
+    return name, budget, steps
 
 
 def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]) -> Threat:
@@ -181,11 +210,22 @@ def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]
     )
 
 
-def _manifold(name: str, budget: float | None, steps: int | None, flow: Manifold | None) -> Threat:
+def _manifold(
+    name: str, budget: float | None, eta: float | None, steps: int | None, flow: Manifold | None,
+    shape: Sequence[int],
+) -> Threat:  # fmt: skip
     if flow is None:
         raise ValueError(f"{name!r} moves along a manifold: give a flow.")
-    base: Any = getattr(flow, "flow", flow)
-    eta = budget if name == "om" and budget is not None else recommended_eta(base, "linf")
+    # Whether it takes such images shows now, not after the threats before it.
+    at_size(check_channels(flow, torch.empty(1, *shape)), (shape[1], shape[2]))
+    if eta is None:
+        try:
+            eta = recommended_eta(getattr(flow, "flow", flow), "linf")
+        except ValueError as error:
+            raise ValueError(
+                "this flow has no calibrated radius: name the threats with their eta, as in "
+                "om=0.1 and jsa=8/255:0.1."
+            ) from error
     count = steps or 50
     if name == "om":
         return Threat(

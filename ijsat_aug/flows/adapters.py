@@ -55,8 +55,9 @@ class NormflowsManifold(_Adapter):
         from_model: The way back.
         context: Of a conditional model, for the whole batch; see :meth:`given`.
         from_labels: From labels to the context of a conditional model, such as
-            ``lambda y: one_hot(y, 10).float()``: :class:`ijsat_aug.JointSpaceAdv` then gives it
-            those of every batch.
+            ``lambda y: y if y.ndim == 2 else one_hot(y, 10).float()``:
+            :class:`ijsat_aug.JointSpaceAdv` then gives it those of every batch, on the blends of
+            :class:`ijsat_aug.RobustMixup` their probabilities ``(B, C)``.
 
     Example:
         >>> import normflows as nf

@@ -181,7 +181,10 @@ def test_mistakes_are_one_sentence(place) -> None:
     model = ("--model", f"{place}/net.py:make", "--weights", place / "good.safetensors", "--quiet")
     np.savez(place / "bare.npz", images=np.zeros((4, 8, 8), np.uint8))
     (place / "no.json").write_text(json.dumps({"a": 1}))
+    few = ("digits", *model, "--threats", "none", "--corruptions", "none", "--limit")
+    assert run(*few, 20, "--json", place / "few.json").exit_code == 0
     for arguments, message in (
+        ((*few, 30, "--against", place / "few.json", "--json", place / "x.json"), "different images"),
         (("digits", *model, "--threats", "magic"), "no threat 'magic'"),
         (("digits", *model, "--threats", "jsa"), "give a flow"),
         (("digits", *model, "--corruptions", "rain"), "no corruption 'rain'"),
@@ -194,3 +197,4 @@ def test_mistakes_are_one_sentence(place) -> None:
         assert result.exit_code == 1, result.output
         assert message in " ".join(result.output.split()), result.output
         assert "Traceback" not in result.output
+    assert not (place / "x.json").exists()

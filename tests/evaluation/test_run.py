@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
 
+from ijsat_aug import load_flow
 from ijsat_aug.evaluation import Found, Threat, evaluate
+from ijsat_aug.evaluation.threats import select_threats
 from ijsat_aug.functional import joint_space_adv
 
 QUICK = ["linf=0.1@5", "om@3", "fog@3"]
@@ -187,6 +190,86 @@ def test_another_flow_of_the_same_shape_is_another_evaluation(net, digits, label
         evaluate(net, digits[:20], labels[:20], flow=moved, **options)
 
 
+def test_another_function_is_another_model(net, digits, labels, tmp_path) -> None:
+    """Two functions, and two modules that differ in code alone, have the same weights."""
+
+    class Turned(nn.Module):
+        def __init__(self, sign: int) -> None:
+            super().__init__()
+            self.net, self.sign = net, sign
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.sign * self.net(x)
+
+    def of(sign: int):
+        return lambda x: sign * net(x)
+
+    for number, kind in enumerate((of, Turned)):
+        options = {"threats": [], "corruptions": [], "folder": tmp_path / str(number)}
+        evaluate(kind(1), digits[:20], labels[:20], **options)
+        evaluate(kind(1), digits[:20], labels[:20], **options)
+        with pytest.raises(ValueError, match="results of another model"):
+            evaluate(kind(-1), digits[:20], labels[:20], **options)
+
+
+def test_corruptions_of_other_files_are_others(tmp_path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 10
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    official = tmp_path / "official"
+    official.mkdir()
+    dark = np.zeros((100, 8, 8, 3), np.uint8)
+    np.save(official / "contrast.npy", dark)
+    np.save(official / "labels.npy", np.tile(y.numpy(), 5))
+    options = {"threats": [], "corruptions": ["contrast"], "folder": tmp_path / "state"}
+    made = shorter(evaluate(net, x, y, **options))
+    read = shorter(evaluate(net, x, y, corruption_files=official, **options))
+    alone = {**options, "folder": None}
+    assert read == shorter(evaluate(net, x, y, corruption_files=official, **alone)) != made
+    assert made == shorter(evaluate(net, x, y, **options))
+    np.save(official / "labels.npy", np.tile(y.numpy() + 1, 5))
+    asked = []
+    net.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(ValueError, match="are not those of"):
+        evaluate(net, x, y, corruption_files=official, **{**alone, "threats": ["linf@2"]})
+    assert len(asked) == 1  # before anything is attacked
+
+
+def test_what_is_asked_for_by_name_takes_the_place_of_a_groups(flow) -> None:
+    found = select_threats(["quick", "l2=0.3@7", "jsa=2/255:0.5"], flow, (1, 8, 8))
+    told = [(threat.name, threat.budget, threat.steps) for threat in found]
+    assert told[0] == ("linf", "8/255", 50)
+    assert told[1] == ("l2", "0.3", 7)
+    assert told[3] == ("jsa", "2/255, η 0.5", 50)
+
+
+class Plane:
+    """A manifold without calibration, that needs the labels of a batch."""
+
+    shape, latent_dim = (1, 8, 8), 64
+
+    def __init__(self, labels: Tensor | None = None) -> None:
+        self.labels = labels
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.flatten(1) - self.labels[:, None]
+
+    def decode(self, z: Tensor) -> Tensor:
+        return (z + self.labels[:, None]).unflatten(1, self.shape)
+
+    needs_labels = True
+
+    def of_labels(self, labels: Tensor) -> Plane:
+        return Plane(labels)
+
+
+def test_a_conditional_manifold_gets_the_labels_of_what_is_attacked(net, digits, labels) -> None:
+    found = evaluate(
+        net, digits, labels, flow=Plane(), threats=["om=0.1@3", "linf=0.1@3"], corruptions=[]
+    )
+    assert found.accuracy("om") < found.accuracy("clean") - 0.02
+
+
 def test_a_threat_of_your_own(net, digits, labels) -> None:
     def darker(victim, x, y, draws) -> Found:
         return Found(x * 0.2)
@@ -232,6 +315,9 @@ def test_bad_input(net, digits, labels, flow) -> None:
     cases = [
         ({"threats": ["nothing"]}, "no threat 'nothing'"),
         ({"threats": ["jsa"]}, "give a flow"),
+        ({"threats": ["linf=0.1@2", "linf=0.2@2"]}, "have one name"),
+        ({"threats": ["quick"], "flow": Plane()}, r"om=0\.1 and jsa=8/255:0\.1"),
+        ({"threats": ["linf", "om"], "flow": load_flow("cifar10-fast")}, "takes images of 3 chan"),
         ({"threats": ["linf=a"]}, "is no budget"),
         ({"threats": ["linf@0"]}, "steps after '@'"),
         ({"threats": ["autoattack@5"]}, "fixed numbers"),
@@ -244,6 +330,8 @@ def test_bad_input(net, digits, labels, flow) -> None:
             evaluate(net, x, y, **{"threats": [], "corruptions": [], **options})
     with pytest.raises(ValueError, match="pixels in"):
         evaluate(net, x * 2 - 1, y)
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(net, torch.where(x == x[0, 0, 4, 4], float("nan"), x), y)
     with pytest.raises(ValueError, match="5 images and labels"):
         evaluate(net, x, y[:4])
     with pytest.raises(ValueError, match="knows the classes"):
