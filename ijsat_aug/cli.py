@@ -311,6 +311,7 @@ def train_flow(
     from .flows.data import load_images
     from .flows.glow import GlowConfig
     from .flows.recipe import Recipe
+    from .flows.registry import list_flows
     from .flows.trainer import train_flow as train
 
     with _plain_errors():
@@ -333,7 +334,8 @@ def train_flow(
             name=name, license=license, quiet=quiet,
         )  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({str(out)!r}).")
+        place = f"./{out}" if str(out) in list_flows() else str(out)  # a name is that of ours
+        typer.echo(f"Wrote {out}; look at {out / 'samples.png'}, use load_flow({place!r}).")
 
 
 @app.command()
@@ -349,7 +351,10 @@ def convert(
     from .flows.glow import GlowConfig
 
     with _plain_errors():
-        values = json.loads(config.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is no JSON file: {error}.") from None
         convert_checkpoint(file, GlowConfig.from_dict(values), out, data=data, license=license)
     typer.echo(f"Wrote {out}.")
 

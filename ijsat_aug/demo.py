@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
-from .flows.files import write_atomically
+from .flows.files import check_target, write_atomically
 from .flows.frozen import FrozenGlow
 from .gallery import draw, gallery
 from .training.loader import AugmentedLoader
@@ -56,6 +56,7 @@ def run(out: Path, source: str = "digits", epochs: int = 12, seed: int = 0) -> P
     from rich.console import Console
 
     console = Console()
+    check_target(out / "gallery.png")
     flow = load_flow(source)
     if flow.shape != (1, 8, 8) or not flow.info["calibration"]:
         raise ValueError(f"the demo needs a calibrated flow of 8x8 digits, and {source!r} is none.")

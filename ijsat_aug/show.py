@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .attack.model import ModelHandle
 from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
+from .flows.files import check_target
 from .flows.probe import probe_network
 from .gallery import draw, gallery
 from .models import first_logits, load_model
@@ -47,6 +49,9 @@ def run(
         ...     Path(place, "a.png").stat().st_size > 0
         True
     """
+    check_target(out)
+    if eta is not None and flow is None:
+        raise ValueError("eta is a move along a manifold: say which, with --flow.")
     manifold = None if flow is None else load_flow(flow)
     if size is None and manifold is not None:
         size = manifold.shape[1]
@@ -57,6 +62,8 @@ def run(
             raise ValueError("weights belong to a model: say which, with --model.")
         if mean is not None or std is not None:
             raise ValueError("mean and std belong to a model: say which, with --model.")
+        if data.labels is not None and len(data.labels.unique()) < 2:
+            data = replace(data, labels=None)  # one class teaches nothing
         network = probe_network(pixels, data.labels)
     else:
         network = load_model(model, weights)

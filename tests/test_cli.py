@@ -89,6 +89,10 @@ def test_show_draws_the_users_images_model_and_flow(tmp_path: Path) -> None:
     result = run(*arguments, "--size", 12, "--out", out)
     assert result.exit_code == 1
     assert "the model does not take images of 1x12x12" in " ".join(result.output.split())
+    for source in (tmp_path / "images", tmp_path / "images" / "black"):  # two classes, none
+        result = run("show", source, "--size", 16, "--rows", 2, "--out", out)
+        assert result.exit_code == 0, result.output
+    (tmp_path / "images" / "white").rename(tmp_path / "white")  # one class
     result = run("show", tmp_path / "images", "--size", 16, "--rows", 2, "--out", out)
     assert result.exit_code == 0, result.output
 
@@ -116,6 +120,10 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         ),
         (("show", "digits", "--eps", "8/x"), "'8/x' is no number"),
         (("show", "digits", "--weights", "a.pt"), "weights belong to a model"),
+        (("show", "digits", "--eta", 0.1), "say which, with --flow"),
+        (("show", "digits", "--out", tmp_path), "is a folder; name a file in it"),
+        (("demo", "--out", __file__), "is a file, and cannot hold gallery.png"),
+        (("convert", "a.pt", __file__, tmp_path / "b"), "is no JSON file"),
         (("show", "digits", "--flow", "digits", "--model", "resnet18"), "without weights"),
         (("demo", "--flow", "cifar10"), "needs a calibrated flow of 8x8 digits"),
         (("convert", "a.pt", tmp_path / "none.json", tmp_path / "b"), "none.json"),
@@ -151,6 +159,21 @@ def test_train_flow_on_a_folder_of_images(tmp_path: Path) -> None:
     assert flow.info["license"] == "CC0"
     assert flow.info["metrics"]["bits_per_dim"]["test"] > 0
     assert "load_flow" in result.output
+    assert f'load_flow("path/to/{out.name}")  # this folder' in (out / "README.md").read_text()
+
+
+def test_a_flow_of_the_name_of_ours_is_loaded_by_its_path(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    result = run(
+        "train-flow", "digits", "digits", "--epochs", 1, "--levels", 1, "--steps", 1, "--hidden", 4,
+        "--batch-size", 512, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "load_flow('./digits')" in "".join(result.output.split("\n"))
+    assert ijsat_aug.load_flow("./digits").config.steps == 1
+    with pytest.raises(ijsat_aug.flows.registry.CheckpointError, match=r"'fashion-mnist', a str"):
+        ijsat_aug.load_flow(Path("fashion-mnist"))
 
 
 def test_convert(tmp_path: Path) -> None:

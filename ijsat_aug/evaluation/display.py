@@ -54,9 +54,9 @@ class Display:
     def finish(self, result: Result) -> None:
         """A threat is done."""
         if self._bars is not None:
-            rate = len(result.correct) / max(result.seconds, 1e-9)
-            text = f"{result.accuracy.value:6.1%} right · {rate:.0f} images/s"
             total = self._bars.tasks[self._task].total
+            rate = (total or 0) / max(result.seconds, 1e-9)
+            text = f"{result.accuracy.value:6.1%} right · {rate:.0f} images/s"
             self._bars.update(self._task, completed=total, text=text)
             if result.kind == "corruption" and not result.name.endswith("/5"):
                 self._bars.update(self._task, visible=False)

@@ -19,6 +19,7 @@ Norm = Literal["linf", "l2"]
 ETAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RECOMMENDED_RMS = 8 / 255
 _WORST_STEPS = 5
+_NOTHING = 1e-6  # of a pixel's range
 
 
 def recommended_eta(flow: Any, norm: Norm) -> float:
@@ -57,7 +58,8 @@ def calibrate(
     Args:
         flow: Any manifold; a conditional one with the context of these images.
         images: Real images in [0, 1], some hundreds.
-        labels: Their classes; without them the gradient is that of telling mirrored images apart.
+        labels: Their classes; without them, or with one alone, the gradient is that of telling
+            mirrored images apart.
         network: The classifier that gives the gradient; by default a small one is trained on
             ``images`` with :func:`probe_network`.
         etas: Radii per latent value.
@@ -77,6 +79,8 @@ def calibrate(
     with torch.inference_mode(False):
         images = _at_home(flow, images).clone()
         if network is None:
+            if labels is not None and len(labels.unique()) < 2:  # one class teaches nothing
+                labels = None
             network = probe_network(images, labels, seed)
         modes = {module: module.training for module in network.modules()}
         try:
@@ -143,6 +147,11 @@ def matching_eta(calibration: Mapping[str, Any], pixel_rms: float, norm: str = "
             share = (pixel_rms - below_rms) / max(rms - below_rms, 1e-12)
             return float(below_eta + share * (row["eta"] - below_eta))
         below_eta, below_rms = row["eta"], rms
+    if below_eta and not below_rms > _NOTHING:
+        raise ValueError(
+            "the gradient of the network moves nothing on this manifold, so that no radius can be "
+            "told: calibrate with another network."
+        )
     return float(below_eta)
 
 

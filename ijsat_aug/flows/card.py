@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .registry import list_flows
+
 __all__ = ["render"]
 
 
@@ -23,7 +25,7 @@ def render(card: Mapping[str, Any]) -> str:
         f"A Glow for {size} images: {net['levels']} levels of {net['steps']} steps, hidden width "
         f"{net['hidden']}, {card['weights']['bytes'] / 1e6:.1f} MB.",
         "```python\nfrom ijsat_aug import load_flow\n\n"
-        f'flow = load_flow("{card["name"]}")  # or the path of this folder\n'
+        f"flow = load_flow({_place(card['name'])}\n"
         "z = flow.encode(x)  # exact, standardised latents (B, D)\n"
         "x = flow.decode(z)  # differentiable once\n```",
         f"* Data: {card['data']}\n* Licence of the weights: {card['license']}\n"
@@ -39,6 +41,12 @@ def render(card: Mapping[str, Any]) -> str:
         ]
         sections += ["## Training", "\n".join(lines)]
     return "\n\n".join(sections) + "\n"
+
+
+def _place(name: str) -> str:
+    if name in list_flows():
+        return f'"{name}")  # or the path of this folder'
+    return f'"path/to/{name}")  # this folder'
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

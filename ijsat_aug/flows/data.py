@@ -141,11 +141,16 @@ def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
     return tensor.contiguous()
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
 def _from_folder(folder: Path, size: int | None) -> ImageData:
     from PIL import Image
 
     named = (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
-    files = sorted(f for f in named if not f.name.startswith("."))  # as ._cat.png of macOS
+    # As ._cat.png of macOS and .ipynb_checkpoints/cat.png of Jupyter.
+    files = sorted(f for f in named if not any(_is_hidden(p) for p in f.relative_to(folder).parts))
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
 

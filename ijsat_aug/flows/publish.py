@@ -85,7 +85,7 @@ def publish(
 
 def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
     """Whether a network that learns the one labels can be asked about the others."""
-    if train is None or shown is None:
+    if train is None or shown is None or len(train.unique()) < 2:  # one class teaches nothing
         return False
     return int(train.min()) >= 0 and int(shown.min()) >= 0 and int(shown.max()) <= int(train.max())
 
@@ -119,12 +119,15 @@ def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
     rows = [flow.sample(_COLUMNS, t, generator) for t in (0.5, 0.7, 0.85, 1.0)]
     real = data.images[:_COLUMNS].to(flow.device).float() / (data.bins - 1)
     pairs = torch.cat((real, flow.decode(flow.encode(real)).clamp(0, 1)))
-    pictures = {"samples": torch.cat(rows), "reconstructions": pairs}
-    pictures["walk"] = walk(flow, 4, generator)
+    pictures = {
+        "samples": (torch.cat(rows), _COLUMNS),
+        "reconstructions": (pairs, len(real)),
+        "walk": (walk(flow, 4, generator), _COLUMNS),
+    }
     scale = max(1, 64 // flow.shape[1])
-    for name, images in pictures.items():
+    for name, (images, columns) in pictures.items():
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        save_image(images.cpu(), folder / f"{name}.png", nrow=_COLUMNS, pad_value=1.0)
+        save_image(images.cpu(), folder / f"{name}.png", nrow=columns, pad_value=1.0)
 
 
 def walk(flow: FrozenGlow, rows: int, generator: torch.Generator) -> Tensor:

@@ -139,7 +139,8 @@ class Pyramid(_Resized):
 
     def vjp(self, tape: Any, g: Tensor) -> Tensor:
         """The gradient ``g^T d decode(z) / dz`` where the tape was recorded."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            g = g.clone() if g.is_inference() else g
             low = torch.zeros(len(g), *self.flow.shape, dtype=g.dtype, device=g.device)
             (g_low,) = torch.autograd.grad(self._up(low.requires_grad_()), low, g)
         return self._taped.vjp(tape, g_low)

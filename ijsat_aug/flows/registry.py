@@ -82,6 +82,10 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
         return path, None
     if on_hub:
         return _from_hub(text, revision, ""), None
+    if isinstance(source, Path) and text in list_flows():
+        raise CheckpointError(
+            f"there is no folder {text}; the flow of that name is {text!r}, a str."
+        )
     near = difflib.get_close_matches(text, list_flows(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise CheckpointError(

@@ -70,7 +70,8 @@ def convert_split_batchnorm(model: M) -> M:
     In training the first half of a batch goes through the main statistics and the second half
     through the auxiliary ones, as ``mode="append"`` lays them out; in evaluation all goes through
     the main ones. The parameters of the model keep their names, the twins add theirs. Convert
-    after ``SyncBatchNorm.convert_sync_batchnorm`` and before the optimiser is made.
+    after ``SyncBatchNorm.convert_sync_batchnorm`` and before the optimiser is made. On several GPUs
+    use DDP: DataParallel cuts the batch, and so the halves, itself.
 
     Example:
         >>> model = convert_split_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))

@@ -184,7 +184,10 @@ def test_mistakes_are_one_sentence(place) -> None:
     few = ("digits", *model, "--threats", "none", "--corruptions", "none", "--limit")
     assert run(*few, 20, "--json", place / "few.json").exit_code == 0
     for arguments, message in (
-        ((*few, 30, "--against", place / "few.json", "--json", place / "x.json"), "different images"),
+        (
+            (*few, 30, "--against", place / "few.json", "--json", place / "x.json"),
+            "different images",
+        ),
         (("digits", *model, "--threats", "magic"), "no threat 'magic'"),
         (("digits", *model, "--threats", "jsa"), "give a flow"),
         (("digits", *model, "--corruptions", "rain"), "no corruption 'rain'"),

@@ -186,6 +186,14 @@ def test_a_table_without_labels_uses_mirrored_images(flow: FrozenGlow, digits: T
     assert calibrate(flow, digits[:16], etas=(0.05,))["linf"][0]["gradient"]["pixel_rms"] > 0
 
 
+def test_one_class_is_none(flow: FrozenGlow, digits: Tensor) -> None:
+    one = calibrate(flow, digits[:64], torch.zeros(64, dtype=torch.long), etas=(0.05, 0.2))
+    assert one == calibrate(flow, digits[:64], etas=(0.05, 0.2))
+    deaf = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    with pytest.raises(ValueError, match="moves nothing"):
+        calibrate(flow, digits[:8], torch.zeros(8, dtype=torch.long), network=deaf, etas=(0.1,))
+
+
 def test_it_replays_and_leaves_the_global_generator_alone(flow: FrozenGlow, digits: Tensor) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -144,6 +144,8 @@ def test_a_damaged_picture_is_named_and_hidden_files_are_none(
     for i in range(3):
         Image.fromarray(pictures[i]).save(tmp_path / f"{i}.png")
     (tmp_path / "._0.png").write_bytes(b"of macOS")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    Image.fromarray(pictures[0]).save(tmp_path / ".ipynb_checkpoints" / "0-checkpoint.png")
     assert len(load_images(tmp_path).images) == 3
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:90])
     with pytest.raises(ValueError, match=r"1\.png cannot be read as a picture"):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ijsat_aug import load_flow
+from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.checkpoint import load_state
 from ijsat_aug.flows.data import ImageData, load_images
 from ijsat_aug.flows.glow import GlowConfig, build_glow
@@ -336,9 +337,31 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=message):
             train_flow(data, config, out, SHORT)
     unlabelled = dataclasses.replace(data, labels=None)
+    conditional = dataclasses.replace(CONFIG, num_classes=10)
     with pytest.raises(ValueError, match="has no labels"):
-        train_flow(unlabelled, dataclasses.replace(CONFIG, num_classes=10), out, SHORT)
+        train_flow(unlabelled, conditional, out, SHORT)
+    named = dataclasses.replace(data, classes=tuple("abcdefghij"))
+    other = dataclasses.replace(data, classes=tuple("bcdefghija"))
+    for config, test in ((CONFIG, other), (conditional, data)):
+        with pytest.raises(ValueError, match=r"class folders .* differ"):
+            train_flow(named, config, out, SHORT, test=test)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("classes", [None, tuple("a")])
+def test_one_class_calibrates_as_none_does(
+    classes: tuple[str, ...] | None, tmp_path: Path, data: ImageData
+) -> None:
+    """As of a folder whose images all lie in one folder in it; the test images lie in it itself."""
+    few = data.take(torch.arange(100))
+    labels = None if classes is None else torch.zeros(100, dtype=torch.long)
+    train = dataclasses.replace(few, labels=labels, classes=classes)
+    test = dataclasses.replace(few, labels=None)
+    recipe = dataclasses.replace(SHORT, held_out=0.1)
+    flow = load_flow(train_flow(train, CONFIG, tmp_path / "flow", recipe, test=test, quiet=True))
+    assert 0.005 < recommended_eta(flow, "linf") < 0.5
+    picture = read(tmp_path / "flow" / "training" / "reconstructions.png")
+    assert picture.shape[0] == 2 * 66 + 2  # few images too stand above what they decode to
 
 
 @pytest.mark.distributed

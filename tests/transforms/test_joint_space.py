@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ijsat_aug import JointSpaceAdv
 from ijsat_aug.attack import cross_entropy, margin
+from ijsat_aug.flows.frozen import FrozenGlow
+from ijsat_aug.flows.pyramid import Pyramid
 from ijsat_aug.transforms.threat import Threat
 
 
@@ -174,6 +176,23 @@ def test_one_step_is_linear_by_default(net, digits, labels, flow) -> None:
         for m in ("linear", "exact")
     )
     assert torch.allclose(one, two, atol=1e-4)  # from the image itself they are the same step
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_flow_that_saves_memory_has_no_tape(size, flow, digits, labels, monkeypatch) -> None:
+    x = nn.functional.interpolate(digits[:16], (size, size))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(size * size, 10))
+
+    def moved(memory: str) -> Tensor:
+        thrifty = Pyramid(flow.to(memory=memory), (size, size)) if size != 8 else (
+            flow.to(memory=memory)
+        )  # fmt: skip
+        adv = JointSpaceAdv(net, thrifty, eps=0, random_start=False)
+        return adv(x, labels[:16])[0]
+
+    expected = moved("tape")
+    monkeypatch.delattr(FrozenGlow, "encode_with_tape")
+    assert torch.allclose(moved("low"), expected, atol=1e-4)
 
 
 def test_a_flow_in_bfloat16_still_starts_at_the_image(net, digits, labels, flow) -> None:
