@@ -215,11 +215,20 @@ class BatchTransform(nn.Module):
         return plain, labels
 
     def check_replay(self) -> None:
-        """Refuse settings with which :meth:`follow` cannot move a batch along a gradient."""
+        """Refuse settings with which :meth:`follow` cannot move a batch along a gradient.
+
+        Example:
+            >>> from ijsat_aug import JointSpaceAdv
+            >>> JointSpaceAdv(eta=0, steps=3).check_replay()
+            Traceback (most recent call last):
+            ...
+            ValueError: a replay moves batches once along the gradient ...: it needs steps=1.
+        """
         raise TypeError(f"{type(self).__name__} has no attack that could follow a gradient.")
 
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""
+        self.check_replay()
         raise NotImplementedError
 
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
