@@ -151,8 +151,8 @@ def select_threats(
     Example:
         >>> [threat.name for threat in select_threats(["quick"])]
         ['linf', 'l2']
-        >>> select_threats(["quick", "linf=2/255@10", "fog"])[::2]
-        [Threat('linf', budget='2/255', steps=10), Threat('fog', budget='0.4', steps=50)]
+        >>> select_threats(["quick", "linf=2/255@10"])
+        [Threat('linf', budget='2/255', steps=10), Threat('l2', budget='1', steps=50)]
     """
     if isinstance(names, str):
         raise TypeError(f"threats must be a list, as in [{names!r}].")
