@@ -13,7 +13,7 @@ from .attack.model import ModelHandle
 from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
 from .flows.files import check_target
-from .flows.probe import probe_network
+from .flows.probe import probe_network, several
 from .gallery import draw, gallery
 from .models import first_logits, load_model
 from .transforms.scale import Scale
@@ -62,8 +62,7 @@ def run(
             raise ValueError("weights belong to a model: say which, with --model.")
         if mean is not None or std is not None:
             raise ValueError("mean and std belong to a model: say which, with --model.")
-        if data.labels is not None and len(data.labels.unique()) < 2:
-            data = replace(data, labels=None)  # one class teaches nothing
+        data = replace(data, labels=several(data.labels))
         network = probe_network(pixels, data.labels)
     else:
         network = load_model(model, weights)

@@ -95,13 +95,22 @@ def loop(
 
     def steps() -> None:
         for images, labels in batches():
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(network(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            low = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
+            learn(network, optimizer, images, labels, low)
 
     return steps
+
+
+def learn(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor,
+    low: torch.autocast,
+) -> None:  # fmt: skip
+    """One step of the optimiser."""
+    with low:
+        loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def captured_step(
@@ -115,12 +124,9 @@ def captured_step(
     def step(images: Tensor, labels: Tensor, params: Any) -> None:
         if ours is not None:
             images, labels, _ = ours.augment(images, labels, params)
+        # A graph must not meet cached casts.
         low = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
-        with low:
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        learn(network, optimizer, images, labels, low)
 
     return lambda: step(x, y, None if ours is None else ours.draw(x, y))
 

@@ -99,7 +99,7 @@ class L2Ball:
 
     def step(self, value: Tensor, gradient: Tensor, size: float) -> Tensor:
         """A step of ``size`` along the normalised gradient, projected."""
-        return self.project(torch.add(value, _unit(gradient), alpha=size))
+        return self.project(torch.add(value, unit(gradient), alpha=size))
 
     def project(self, value: Tensor) -> Tensor:
         """Scale back to the sphere from outside, then clamp to the box.
@@ -141,16 +141,35 @@ def unit_ball(norm: Norm, shape: tuple[int, ...], uniform: Draw, normal: Draw) -
     ones = (1,) * (len(shape) - 1)
     dimensions = torch.Size(shape[1:]).numel()
     radius = uniform((shape[0], *ones)).pow_(1 / dimensions)
-    return _unit(normal(shape)) * radius
+    return unit(normal(shape)) * radius
 
 
-def _unit(v: Tensor) -> Tensor:
+def unit(v: Tensor) -> Tensor:
+    """The direction of each sample; zero of a sample that is zero.
+
+    Example:
+        >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
     # A saturated network has gradients near 1e-30, whose squares are all zero: scale them first.
-    tiny = torch.finfo(v.dtype).tiny
-    v = v / _length(v, ord=float("inf")).clamp_(min=tiny)
-    return v / _length(v).clamp_(min=tiny)
+    v = at_full_size(v)
+    return v / _length(v).clamp_(min=torch.finfo(v.dtype).tiny)
+
+
+def at_full_size(v: Tensor) -> Tensor:
+    """Each sample with 1 as its largest absolute value; zero of a sample that is zero.
+
+    Example:
+        >>> at_full_size(torch.tensor([[1e-30, -4e-30], [0.0, 0.0]]))
+        tensor([[ 0.2500, -1.0000],
+                [ 0.0000,  0.0000]])
+    """
+    return v / _length(v, ord=float("inf")).clamp_(min=torch.finfo(v.dtype).tiny)
 
 
 def _length(v: Tensor, ord: float = 2) -> Tensor:
+    if v.ndim == 1:
+        return v.abs()
     length: Tensor = torch.linalg.vector_norm(v, ord, tuple(range(1, v.ndim)), keepdim=True)
     return length

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from .balls import at_full_size
+
 __all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "logits_of", "unwrap"]
 
 Mode = Literal["eval", "train"]
@@ -111,7 +113,9 @@ class ModelHandle:
         half = torch.float16 in (low, logits.dtype)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if half and logits.requires_grad:
-            logits.register_hook(_of_size_one)
+            # In float16 the gradient of a sample that the model is sure of would vanish on its way
+            # to the image. A direction is all that attacks want.
+            logits.register_hook(at_full_size)
         return logits
 
     @contextmanager
@@ -174,15 +178,6 @@ class ModelHandle:
         # The model is shared, unless it is copied beside this: a module may hold both.
         twin = memo.get(id(self.model))
         return self if twin is None else self.to(twin)
-
-
-def _of_size_one(gradient: Tensor) -> Tensor:
-    """The gradient of each sample at its logits, of size 1: a direction is all that attacks want.
-
-    In float16 that of a sample which the model is sure of would vanish on its way to the image.
-    """
-    size = gradient.abs().flatten(1).amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
-    return gradient / size.view(-1, *(1,) * (gradient.ndim - 1))
 
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .manifold import Manifold
-from .probe import probe_network
+from .probe import probe_network, several
 
 __all__ = ["calibrate", "matching_eta", "recommended_eta", "round_trip"]
 
@@ -79,8 +79,7 @@ def calibrate(
     with torch.inference_mode(False):
         images = _at_home(flow, images).clone()
         if network is None:
-            if labels is not None and len(labels.unique()) < 2:  # one class teaches nothing
-                labels = None
+            labels = several(labels)
             network = probe_network(images, labels, seed)
         modes = {module: module.training for module in network.modules()}
         try:

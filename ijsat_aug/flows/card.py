@@ -25,7 +25,7 @@ def render(card: Mapping[str, Any]) -> str:
         f"A Glow for {size} images: {net['levels']} levels of {net['steps']} steps, hidden width "
         f"{net['hidden']}, {card['weights']['bytes'] / 1e6:.1f} MB.",
         "```python\nfrom ijsat_aug import load_flow\n\n"
-        f"flow = load_flow({_place(card['name'])}\n"
+        f"flow = {_call(card['name'])}\n"
         "z = flow.encode(x)  # exact, standardised latents (B, D)\n"
         "x = flow.decode(z)  # differentiable once\n```",
         f"* Data: {card['data']}\n* Licence of the weights: {card['license']}\n"
@@ -43,10 +43,10 @@ def render(card: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _place(name: str) -> str:
+def _call(name: str) -> str:
     if name in list_flows():
-        return f'"{name}")  # or the path of this folder'
-    return f'"path/to/{name}")  # this folder'
+        return f'load_flow("{name}")  # or the path of this folder'
+    return f'load_flow("path/to/{name}")  # this folder'
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

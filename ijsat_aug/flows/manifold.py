@@ -80,6 +80,8 @@ def as_manifold(flow: Any) -> Manifold:
 def has_tape(manifold: Manifold) -> TypeGuard[TapedManifold]:
     """Whether its ``encode`` records a tape; where it wraps a flow, that one must too.
 
+    A flow with ``memory="low"`` is not to keep one.
+
     Example:
         >>> import ijsat_aug
         >>> from ijsat_aug.flows import Decoder, Pyramid
@@ -87,6 +89,8 @@ def has_tape(manifold: Manifold) -> TypeGuard[TapedManifold]:
         >>> [has_tape(Pyramid(f, (9, 9))) for f in (ijsat_aug.load_flow("digits"), generator)]
         [True, False]
     """
+    if getattr(manifold, "memory", "tape") == "low":
+        return False
     inner = getattr(manifold, "flow", None)
     return isinstance(manifold, TapedManifold) and (inner is None or has_tape(inner))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["probe_network"]
+__all__ = ["probe_network", "several"]
 
 
 def probe_network(
@@ -44,6 +44,16 @@ def probe_network(
             loss.backward()
             optimizer.step()
     return network.requires_grad_(False).eval()
+
+
+def several(labels: Tensor | None) -> Tensor | None:
+    """Labels of more than one class; None of others, which teach a network nothing.
+
+    Example:
+        >>> several(torch.tensor([3, 3])), several(torch.tensor([3, 4]))
+        (None, tensor([3, 4]))
+    """
+    return None if labels is None or len(labels.unique()) < 2 else labels
 
 
 def _small_cnn(channels: int, classes: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ from .data import ImageData
 from .fold import freeze
 from .frozen import FrozenGlow
 from .glow import GlowConfig, bits_per_dim, build_glow, dequantize
-from .probe import probe_network
+from .probe import probe_network, several
 
 __all__ = ["evaluate", "publish", "save_pictures"]
 
@@ -71,7 +71,7 @@ def publish(
         "round_trip": {k: float(f"{v:.3g}") for k, v in round_trip(flow, images).items()},
     }
     seen = train.images[:_NETWORK_IMAGES].to(device).float() / (config.bins - 1)
-    labels = None if train.labels is None else train.labels[:_NETWORK_IMAGES]
+    labels = None if train.labels is None else several(train.labels[:_NETWORK_IMAGES])
     if not _comparable(labels, shown.labels):
         labels, shown = None, replace(shown, labels=None)
     network = probe_network(seen, labels)
@@ -85,7 +85,7 @@ def publish(
 
 def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
     """Whether a network that learns the one labels can be asked about the others."""
-    if train is None or shown is None or len(train.unique()) < 2:  # one class teaches nothing
+    if train is None or shown is None:
         return False
     return int(train.min()) >= 0 and int(shown.min()) >= 0 and int(shown.max()) <= int(train.max())
 

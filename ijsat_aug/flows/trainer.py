@@ -139,9 +139,9 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
                 raise ValueError(
                     f"{part.name} has labels {low} to {high}, but num_classes={config.num_classes}."
                 )
-    conditional = config.num_classes is not None
-    both = data.classes is not None and test is not None and test.classes is not None
-    if test is not None and (conditional or both) and data.classes != test.classes:
+    if test is None or data.classes == test.classes:
+        return
+    if config.num_classes is not None or None not in (data.classes, test.classes):
         raise ValueError(
             f"the class folders of {data.name} and {test.name} differ: {data.classes} and "
             f"{test.classes}."

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..attack.balls import unit
+
 __all__ = ["AdversarialWeightPerturbation"]
 
 
@@ -74,11 +76,7 @@ class AdversarialWeightPerturbation:
 
         It stays where there is no gradient, or none that is finite, as a GradScaler has them.
         """
-        tiny = torch.finfo(gradient.dtype).tiny
-        # First to a size whose square is neither zero nor infinite.
-        unit = gradient / gradient.abs().amax().clamp(min=tiny)
-        unit = unit / unit.norm().clamp(min=tiny)
-        perturbed = weight + unit * (self.gamma * weight.norm())
+        perturbed = weight + unit(gradient[None])[0] * (self.gamma * weight.norm())
         return torch.where(perturbed.isfinite().all(), perturbed, weight)
 
     def _refuse_cached_casts(self) -> None:

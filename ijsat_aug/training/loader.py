@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,8 +79,9 @@ class AugmentedLoader(Generic[T]):
         self.transform = transform
         self.device = None if device is None else torch.device(device)
         self.plan = Plan(replay, every, epochs or (0, None))
-        self.heard = self._told()
-        self.epoch = self.heard if isinstance(self.heard, int) else 0
+        self.epoch = 0
+        self.heard: int | None = None
+        self._hear()
         if self.plan == Plan():
             return
         if not isinstance(transform, BatchTransform):
@@ -91,9 +93,7 @@ class AugmentedLoader(Generic[T]):
             transform.check_replay()
 
     def __iter__(self) -> Iterator[Any]:
-        told = self._told()
-        if told != self.heard:
-            self.epoch = self.heard = told
+        self._hear()
         move, plan, epoch = _mover(self.device), self.plan, self.epoch
         self.epoch = epoch + 1
         for number, batch in enumerate(self.loader):
@@ -125,9 +125,11 @@ class AugmentedLoader(Generic[T]):
         )
         return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
 
-    def _told(self) -> Any:
-        """The epoch that it was told, where it says so."""
-        return getattr(self._counting(), "epoch", None)
+    def _hear(self) -> None:
+        """Go by the epoch that who counts them was told since, where it says so in a number."""
+        told = getattr(self._counting(), "epoch", None)
+        if isinstance(told, Integral) and told != self.heard:
+            self.epoch = self.heard = int(told)
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):  # not there yet while it is being unpickled

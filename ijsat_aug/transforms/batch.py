@@ -355,6 +355,38 @@ def pick(labels: Any, index: Tensor, count: int) -> Any:
     )  # fmt: skip
 
 
+def of_some(
+    index: Tensor | None,
+    move: Callable[[Tensor, Any, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    images: Tensor,
+    labels: Any,
+    gradient: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The images, some of which move along their gradient, and what is known of all.
+
+    Args:
+        index: Which; None is all of them.
+        move: From some images, labels and gradients to the moved images and facts about them.
+        images: The batch.
+        labels: Of it.
+        gradient: Of it.
+
+    Example:
+        >>> x = torch.zeros(3, 1)
+        >>> up = lambda x, y, g: (x + g, {"pixel_norm": g[:, 0]})
+        >>> moved, facts = of_some(torch.tensor([2]), up, x, None, torch.ones(3, 1))
+        >>> moved.flatten(), facts
+        (tensor([0., 0., 1.]), {'pixel_norm': tensor([0., 0., 1.])})
+    """
+    if index is None:
+        return move(images, labels, gradient)
+    count = len(images)
+    if len(index) == 0:
+        return images.detach(), {}
+    moved, facts = move(images[index], pick(labels, index, count), gradient[index])
+    return images.detach().index_copy(0, index, moved), spread(facts, index, count)
+
+
 def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:
     """What is known of some of ``count`` samples, as of all of them.
 

@@ -75,11 +75,9 @@ def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
     """Latents, and a picture whose first gradient is that at the clean image, before any decode.
 
     Where the flow has a tape, the residual is what it says itself that it leaves out. The error of
-    its round trip, below 1e-5 in float32, would cost a decode of its own. A tape is not for flows
-    that are told to save memory.
+    its round trip, below 1e-5 in float32, would cost a decode of its own.
     """
-    thrifty = getattr(getattr(flow, "flow", flow), "memory", "tape") == "low"
-    if thrifty or not has_tape(flow):
+    if not has_tape(flow):
         return exact(flow, clean, zero_start=True)
     with full_precision(clean.device):
         z, tape = flow.encode_with_tape(clean)

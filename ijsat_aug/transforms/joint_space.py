@@ -19,7 +19,7 @@ from ..attack.objectives import Objective
 from ..flows.calibration import recommended_eta
 from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import Tiles, at_size
-from .batch import BatchTransform, pick, spread
+from .batch import BatchTransform, of_some
 from .checks import check_channels, check_manifold, find_flow
 from .climb import climb, climb_along
 from .labels import as_target
@@ -321,17 +321,14 @@ class JointSpaceAdv(BatchTransform):
         if self.choose == "hardest":
             scores = gradient.flatten(1).float().norm(dim=1).nan_to_num(0)
         index = self.choose_samples(gradient, scores)
-        if index is None:
-            return self._along(step, images, labels, gradient)
-        if len(index) == 0:
-            return images.detach()
-        some = pick(labels, index, len(images))
-        moved = self._along(step, images[index], some, gradient[index])
-        self.last = spread(self.last, index, len(images))
-        return images.detach().index_copy(0, index, moved)
+        move = partial(self._along, step)
+        moved, self.last = of_some(index, move, images, labels, gradient)
+        return moved
 
-    def _along(self, step: Threat, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
-        """The images, a step along their gradient."""
+    def _along(
+        self, step: Threat, images: Tensor, labels: Any, gradient: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The images, a step along their gradient, and facts about them."""
         flow: Any = self._fitted(images) if step.moves_latent else None
         if needs_labels(flow):
             flow = flow.of_labels(self._classes(images, labels))
@@ -339,8 +336,7 @@ class JointSpaceAdv(BatchTransform):
         if self.random_start and step.moves_pixels:
             start = step.eps * self._ball(step.norm, tuple(images.shape), images.device)
         outcome = climb_along(images, gradient, flow, step, self.scale, pixel_start=start)
-        self.last = outcome.facts
-        return outcome.images
+        return outcome.images, outcome.facts
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""

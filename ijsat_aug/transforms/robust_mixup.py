@@ -17,7 +17,7 @@ from ..attack.balls import Norm
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold, on_device
-from .batch import BatchTransform, pick, spread
+from .batch import BatchTransform, of_some
 from .blend import Space
 from .checks import check_blendable, check_flow, check_manifold, check_one_weight, find_flow
 from .joint_space import JointSpaceAdv
@@ -282,16 +282,16 @@ class RobustMixup(BatchTransform):
     def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
         """The mixed batch, whose blends move along a gradient as the attack moves them."""
         self.check_replay()
-        attack, index, count = cast(BatchTransform, self.climb), self._mixed, len(images)
-        if not attack.training or (index is not None and len(index) == 0):
+        attack = cast(BatchTransform, self.climb)
+        if not attack.training:
             return images.detach()
-        if index is None:
-            moved = attack.follow(images, labels, gradient)
-            self.last |= attack.last
-            return moved
-        some = attack.follow(images[index], pick(labels, index, count), gradient[index])
-        self.last |= spread(attack.last, index, count)
-        return images.detach().index_copy(0, index, some)
+
+        def move(*some: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return attack.follow(*some), attack.last
+
+        moved, facts = of_some(self._mixed, move, images, labels, gradient)
+        self.last |= facts
+        return moved
 
     def make_params(self, images: Tensor, labels: Any) -> dict[str, Any]:
         """The mixing weights, and what the attack draws.

@@ -498,3 +498,13 @@ def test_in_float16_samples_move_that_the_model_is_sure_of(norm, network, digits
         assert (step != 0).flatten(1).any(1).all()
     exact, low = (step.flatten(1) for step in steps)
     assert nn.functional.cosine_similarity(exact, low).min() > 0.9
+
+
+def test_in_float16_one_number_a_sample_is_enough(network, digits, labels) -> None:
+    def odd(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(
+            output, target.to(output) % 2, reduction="none"
+        )
+
+    adv = JointSpaceAdv(lambda x: network(x)[:, 0], eta=0, objective=odd, amp_dtype=torch.float16)
+    assert not torch.equal(adv(digits[:8], labels[:8])[0], digits[:8])
