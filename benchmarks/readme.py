@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,26 @@ def attack_table() -> str:
     return markdown(["", *ratios], rows, note)
 
 
+def cost_table() -> str:
+    """Time of a training step, of the usual transforms alone."""
+    columns = {
+        "ResNet-18": "speed-step-cpu", "ResNet-50, 224 px": "speed-step-224-cpu",
+        "ResNet-18, bf16, GPU": "speed-step-bf16-gpu",
+    }  # fmt: skip
+    results = [load(name) for name in columns.values()]
+    names = (
+        "mixup", "RobustMixup", "JointSpaceAdv", "IJSAT", "IJSAT, bf16", "IJSAT, bf16, fast flow",
+        "IJSAT, replay, bf16, fast flow",
+    )  # fmt: skip
+    rows = [[name, *(_time_and_memory(r, name)[0] for r in results)] for name in names]
+    where = ", ".join(dict.fromkeys(r["hardware"] for r in results))
+    note = (
+        '"fast flow": `cifar10-fast` instead of `cifar10`; "replay": the second showing of a batch '
+        f"that is shown twice. Median [quartiles] of interleaved rounds. {where}."
+    )
+    return markdown(["", *columns], rows, note)
+
+
 def step_table() -> str:
     """Time and memory of a training step."""
     result, large = load("speed-step-cpu"), load("speed-step-224-cpu")
@@ -207,11 +227,13 @@ def shapes_table() -> str:
     return markdown(head, rows)
 
 
-def lowdata_table() -> str:
+def lowdata_table(rows: Container[str] | None = None) -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
-    result = load("lowdata-cifar10")
     rivals = {"mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
-    return _study(result, ">labels", rivals)
+    return _study(load("lowdata-cifar10"), ">labels", rivals, rows=rows)
+
+
+_FEW = ("plain", "CutMix", "mixup", "mixup + latent step, second half")
 
 
 def augmentations_table(name: str) -> str:
@@ -266,21 +288,27 @@ def corruptions_table(name: str = "finetune-cifar10") -> str:
 
 
 def _study(
-    result: Mapping[str, Any], setting: str, rivals: Mapping[str, str], told: str = ""
+    result: Mapping[str, Any],
+    setting: str,
+    rivals: Mapping[str, str],
+    told: str = "",
+    rows: Container[str] | None = None,
 ) -> str:
-    """The table of a study: accuracy, what it is over its rivals, and what it took."""
+    """The table of a study, or these rows: accuracy, what it is over its rivals, what it took."""
     over = [f"over {rival}" for rival in rivals]
     head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">passes", ">time"]
-    rows = []
+    body = []
     for title, table in result["table"].items():
         for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
+            if rows is not None and name not in rows:
+                continue
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
             cells = [_interval(gain, "+") for gain in gains]
             ratios = [f"{row[what] / table['plain'][what]:.2f}" for what in ("passes", "seconds")]
             taken = [str(len(row["seeds"])), str(row["steps"]), *ratios]
-            rows.append([title, name, _interval(row["accuracy"]), *cells, *taken])
+            body.append([title, name, _interval(row["accuracy"]), *cells, *taken])
     cost = "Passes: images through the network, the attack's too; they and time against plain."
-    return markdown(head, rows, f"{_note(result, told)} {cost}")
+    return markdown(head, body, f"{_note(result, told)} {cost}")
 
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:
@@ -315,7 +343,7 @@ def pyramid_sentence() -> str:
         f"{share['Pyramid, gradient']} of a ResNet-50's forward and backward pass, all of a linear "
         f"step {share['Pyramid, a linear step']}; a gradient through {tiles.split(',')[0].lower()} "
         f"{share[tiles]} ({machine(result)}: "
-        "[`benchmarks/speed/pyramid.py`](benchmarks/speed/pyramid.py))."
+        "[`benchmarks/speed/pyramid.py`](../benchmarks/speed/pyramid.py))."
     )
 
 
@@ -381,28 +409,33 @@ _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn fr
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "attack": attack_table,
+        "cost": cost_table,
+        "few": partial(lowdata_table, (*_FEW, f"mixup, for as long as {_FEW[-1]}")),
         "flows": flows_table,
-        "lowdata": lowdata_table,
+    },
+    "docs/methods.md": {},
+    "docs/speed.md": {
+        "attack": attack_table,
         "pyramid": pyramid_sentence,
-        "robustness": robustness_tables,
         "shapes": shapes_table,
         "speed": speed_table,
         "step": step_table,
         "step-gpu": gpu_step_table,
         "strength": strength_table,
     },
-    "docs/methods.md": {
+    "docs/studies.md": {
         "augmentations": partial(augmentations_table, "lowdata-cifar10-gpu"),
         "augmentations-2500": partial(augmentations_table, "lowdata-cifar10-2500-gpu"),
         "corruptions": corruptions_table,
-        "fashion": partial(fashion_table, "lowdata-fashion-mnist"),
-        "fashion-gpu": partial(fashion_table, "lowdata-fashion-mnist-gpu"),
         "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
         "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
         "corruptions-tuning-split": partial(corruptions_table, "finetune-tuning-split-gpu"),
+        "fashion": partial(fashion_table, "lowdata-fashion-mnist"),
+        "fashion-gpu": partial(fashion_table, "lowdata-fashion-mnist-gpu"),
         "finetune": finetune_table,
         "finetune-gpu": finetune_gpu_table,
+        "lowdata": lowdata_table,
+        "robustness": robustness_tables,
         "training": training_tables,
     },
 }

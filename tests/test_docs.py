@@ -17,6 +17,12 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
+def places(text: str) -> set[str]:
+    """What the headings of a document are called in links."""
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("document", readme.TABLES)
 def test_every_python_block_runs(document: str) -> None:
     found = blocks((ROOT / document).read_text())
@@ -42,5 +48,7 @@ def test_every_result_says_how_it_was_made() -> None:
 
 def test_links_inside_the_repository_lead_somewhere() -> None:
     for document in (ROOT / name for name in [*readme.TABLES, "pretrained/README.md"]):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for target, place in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", document.read_text()):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name}: {target}"
+            assert not place or place in places(path.read_text()), f"{document.name}: #{place}"

@@ -23,7 +23,8 @@ class Recipe:
         ema: Decay of the weight average, which is what is validated and saved.
         clip: Largest gradient norm, in bits per dimension.
         flip: Mirror images at random.
-        precision: ``"bf16"`` runs the coupling networks, and only them, in bfloat16.
+        precision: ``"bf16"`` runs the coupling networks, and only them, in bfloat16. CPUs without
+            AVX-512 or AMX emulate it, which takes tens of times longer.
         held_out: Share of the images that chooses the best weights.
         every: Steps between validations; each also writes pictures and a resumable state.
         init_images: Images that initialise ActNorm.
