@@ -38,6 +38,7 @@ from benchmarks.accuracy.together import courses_of, train_row
 from benchmarks.graphs import Training, finish, side_by_side
 from benchmarks.harness import record
 from benchmarks.robustness import train as robustness
+from benchmarks.training import LOW_PRECISION
 from ijsat_aug import load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
 
@@ -195,7 +196,7 @@ def main() -> None:
         return
     prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16)
+    flow = load_flow("cifar10-fast", compute_dtype=LOW_PRECISION)
     flows = begin_flows(options) if "few labels" in options.studies else []
     try:
         run(options, flow, device, until)

@@ -14,6 +14,25 @@ from torch import Tensor, nn
 BATCH = 128
 
 
+def fast_precision() -> torch.dtype | None:
+    """bfloat16; None on processors that only emulate it, where it takes some forty times longer."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.bfloat16 if supported is not None and supported() else None
+
+
+LOW_PRECISION = fast_precision()
+
+
+def low_precision(x: Tensor) -> torch.autocast:
+    """Autocast to it on the device of a tensor; a graph must not meet cached casts."""
+    return torch.autocast(
+        x.device.type, LOW_PRECISION or torch.bfloat16, enabled=LOW_PRECISION is not None,
+        cache_enabled=not x.is_cuda,
+    )  # fmt: skip
+
+
 def train_plainly(
     make: Callable[[], nn.Module],
     images: Tensor,
@@ -23,7 +42,7 @@ def train_plainly(
     seed: int = 0,
     weights: Path | None = None,
 ) -> nn.Module:
-    """SGD, one cycle, crop and flip, bfloat16; the network comes back in eval mode.
+    """SGD, one cycle, crop and flip, low precision; the network comes back in eval mode.
 
     Args:
         make: Makes the network.
@@ -48,7 +67,7 @@ def train_plainly(
     for epoch in range(epochs):
         for index in torch.randperm(len(images)).split(BATCH)[:each]:
             x = crop_and_flip(images[index]).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with low_precision(x):
                 logits = network(x.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[index].to(device))
             optimizer.zero_grad()

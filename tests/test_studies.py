@@ -25,6 +25,7 @@ from benchmarks.accuracy.study import (
     interval,
     summary,
     train,
+    where,
 )
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.robustness.train import ROWS as TRAININGS
@@ -103,6 +104,24 @@ def test_a_run_is_kept_and_a_long_one_takes_the_others_time(tmp_path: Path) -> N
     result = study.result([4], ("mixup",))
     assert result["table"]["500"][LONG]["seeds"] == [4]
     assert not study.result([0], ())["table"]
+
+
+def test_a_study_goes_on_from_its_record_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.accuracy.study.RESULTS", tmp_path)
+    runs = [one("OM", s, 50.0 + s) | {"setting": 500} for s in range(3)]
+    record = {"hardware": "elsewhere", "runs": runs}
+    (tmp_path / "kept.json").write_text(json.dumps(record))
+    study = Study(tmp_path / "work", "none", [500], load_flow("digits"))
+    study.keep(Run("OM", "OM", 500, 2), one("OM", 2, 60.0, seconds=9.0))
+    study.unpack("kept")
+    found = study.result(range(5), ())
+    assert set(found["hardware"].split(" and ")) == {where(), "elsewhere"}
+    assert found["table"]["500"]["OM"]["accuracy"] == interval([50.0, 51.0, 60.0])
+    assert found["table"]["500"]["OM"]["seconds"] == 2.0  # those of elsewhere, which made two
+    with pytest.raises(SystemExit, match="the seconds of 'OM' are of elsewhere"):
+        study.run(LONG, 500, 0)
 
 
 def test_training_learns_and_both_ends_are_tested(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from benchmarks.training import LOW_PRECISION
 from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -18,7 +19,7 @@ from ijsat_aug.training import convert_split_batchnorm
 
 CLASSES = 10
 PARTS = 20  # of a training: the "epochs" in which an attack begins and ends
-LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+LOW: dict[str, Any] = {"amp_dtype": LOW_PRECISION, "memory_format": torch.channels_last}
 
 
 Batch = tuple[Tensor, Tensor]

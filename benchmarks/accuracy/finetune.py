@@ -56,7 +56,7 @@ from benchmarks.graphs import Training, alone, finished
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
-from benchmarks.training import save_weights, train_plainly
+from benchmarks.training import LOW_PRECISION, save_weights, train_plainly
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFiles
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -281,8 +281,10 @@ def main() -> None:
     options = parser.parse_args()
     prepare()
     keep_memory()
-    flow = load_flow(options.flow, compute_dtype=torch.bfloat16)
+    flow = load_flow(options.flow, compute_dtype=LOW_PRECISION)
     study = FineTuning(options.work, flow, options.width, options.batch)
+    if options.unpack:
+        study.unpack(options.unpack)
     if options.corruptions:
         until = time.monotonic() + 60 * options.minutes
         study.corruptions(options.only or [*ROWS, *AS_LONG], until)

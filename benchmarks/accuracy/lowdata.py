@@ -44,6 +44,7 @@ from benchmarks.accuracy.together import run_all
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
 from benchmarks.real_data import cifar10, fashion_mnist
+from benchmarks.training import LOW_PRECISION
 from ijsat_aug import load_flow
 from ijsat_aug.flows.data import ImageData
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -59,7 +60,14 @@ STEPS = {
 }
 VALIDATION = 1000
 RIVALS = ("plain", "mixup", "CutMix", "latent step, second half")
-OWN = Recipe(minutes=5, lr=3e-3, warmup=300, flip=True, precision="bf16", held_out=0.1)
+OWN = Recipe(
+    minutes=5,
+    lr=3e-3,
+    warmup=300,
+    flip=True,
+    precision="bf16" if LOW_PRECISION else "fp32",
+    held_out=0.1,
+)
 
 
 class LowData(Study):
@@ -107,7 +115,7 @@ class LowData(Study):
             data = ImageData(learnt[0], None, 256, name)
             config = GlowConfig.from_dict(self.flow.config.to_dict())
             train_flow(data, config, folder, OWN, resume=True, quiet=True)
-        return load_flow(folder, compute_dtype=torch.bfloat16)
+        return load_flow(folder, compute_dtype=LOW_PRECISION)
 
 
 def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -121,8 +129,10 @@ def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     options = parse()
     prepare()
-    flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=torch.bfloat16)
+    flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=LOW_PRECISION)
     study = LowData(options.data, options.work, flow, options.own_flow)
+    if options.unpack:
+        study.unpack(options.unpack)
     if options.record:
         print(record(options.record, study.facts | study.result(options.seeds, RIVALS)))
     else:

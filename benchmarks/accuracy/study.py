@@ -1,8 +1,9 @@
 """What the accuracy studies share: one training, a file for every run, means and intervals.
 
 A training is an ordinary loop around :class:`AugmentedLoader`: SGD, one learning-rate cycle, crop
-and flip, bfloat16 autocast and channels-last. It takes so many steps, or as many as fit into so
-much processor time. Labelled images that it does not see choose the best epoch.
+and flip, channels-last, and autocast to bfloat16 where the processor has it. It takes so many
+steps, or as many as fit into so much processor time. Labelled images that it does not see choose
+the best epoch.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
-from benchmarks.harness import hardware, machines
-from benchmarks.training import Seen, crop_and_flip
+from benchmarks.harness import RESULTS, hardware, machines
+from benchmarks.training import LOW_PRECISION, Seen, crop_and_flip, low_precision
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
@@ -172,11 +173,6 @@ def right(network: nn.Module, data: Labelled) -> Tensor:
     return found
 
 
-def low_precision(x: Tensor) -> torch.autocast:
-    """Autocast to bfloat16 on the device of a tensor; a graph must not meet cached casts."""
-    return torch.autocast(x.device.type, torch.bfloat16, cache_enabled=not x.is_cuda)
-
-
 def both(trained: Trained, tested: Labelled) -> dict[str, Any]:
     """The facts, with the accuracy of the last and of the best epoch; the last weights stay."""
     network = trained.network
@@ -275,13 +271,16 @@ class Study:
             return found
         if row in AS_LONG:
             who, whom = AS_LONG[row]
-            run = replace(run, row=who, seconds=self.run(whom, setting, seed)["seconds"])
+            other = self.run(whom, setting, seed)
+            if other["hardware"] != where():
+                raise SystemExit(f"{row!r}: the seconds of {whom!r} are of {other['hardware']}.")
+            run = replace(run, row=who, seconds=other["seconds"])
         return self.keep(run, self.train(run))
 
     def keep(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the file of a run."""
         names = {"row": run.title, "setting": run.setting, "seed": run.seed}
-        result = {**names, **facts, "hardware": hardware()}
+        result = {**names, **facts, "hardware": where()}
         keep(self.file(run), result)
         return result
 
@@ -289,6 +288,14 @@ class Study:
         """Where something of a run lies."""
         name = f"{run.setting}-{run.title}-{run.seed}"
         return self.work / (name.replace(" ", "-").replace(",", "").replace("+", "and") + ending)
+
+    def unpack(self, name: str) -> None:
+        """Write the files of the runs of a record that are not there."""
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        for one in found["runs"]:
+            path = self.file(Run(one["row"], one["row"], one["setting"], one["seed"]))
+            if not path.is_file():
+                keep(path, {"hardware": found["hardware"], **one})
 
     def result(self, seeds: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
         """All runs that are there, and what they say."""
@@ -307,6 +314,11 @@ class Study:
         }  # fmt: skip
 
 
+def where() -> str:
+    """The machine, and the precision if it is not the usual one."""
+    return hardware() + ("" if LOW_PRECISION else ", float32")
+
+
 def keep(path: Path, result: dict[str, Any]) -> None:
     """Write the file of a run, and show what it says."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,6 +335,7 @@ def arguments(work: str) -> argparse.ArgumentParser:
         "--only", nargs="+", choices=(*ROWS, *AS_LONG), metavar="ROW", help="these rows alone"
     )
     parser.add_argument("--work", type=Path, default=Path(work))
+    parser.add_argument("--unpack", help="begin with the runs of the JSON of this name")
     parser.add_argument("--record", help="write the JSON of this name of what is there")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="on a GPU: leave the rest undone"
@@ -354,6 +367,12 @@ def summary(runs: Iterable[dict[str, Any]], rivals: Sequence[str]) -> dict[str, 
     return {row: _entry(row, by_row, rivals) for row in by_row}
 
 
+def of_one_machine(seeds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of a row that can be timed together: those of the machine that made the most."""
+    usual = statistics.mode(one.get("hardware") for one in seeds.values())
+    return [one for one in seeds.values() if one.get("hardware") == usual]
+
+
 def _entry(
     row: str, by_row: dict[str, dict[int, dict[str, Any]]], rivals: Sequence[str]
 ) -> dict[str, Any]:
@@ -363,7 +382,7 @@ def _entry(
         "accuracy": interval(one["last"] for one in seeds.values()),
         "best_epoch": interval(one["best"] for one in seeds.values()),
         "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
-        "seconds": round(statistics.mean(one["seconds"] for one in seeds.values()), 1),
+        "seconds": round(statistics.mean(one["seconds"] for one in of_one_machine(seeds)), 1),
         "passes": round(statistics.mean(one["passes"] for one in seeds.values())),
     }
     as_long = [name for name, (_, whom) in AS_LONG.items() if whom == row]

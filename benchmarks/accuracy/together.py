@@ -30,10 +30,9 @@ from benchmarks.accuracy.study import (
     Trained,
     accuracy,
     cycle,
-    low_precision,
 )
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
-from benchmarks.training import Crops, Seen
+from benchmarks.training import Crops, Seen, low_precision
 from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import CapturedStep

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import record
 from benchmarks.networks import cifar_resnet18
 from benchmarks.real_data import cifar10
-from benchmarks.training import train_plainly
+from benchmarks.training import LOW_PRECISION, train_plainly
 from ijsat_aug.attack import (
     Landscape,
     LinfBall,
@@ -132,7 +132,7 @@ def main() -> None:
     images, labels = (part[: options.images] for part in cifar10(train=False))
     images = images.float() / 255
     memory = torch.channels_last
-    handle = ModelHandle(network, amp_dtype=torch.bfloat16, memory_format=memory)
+    handle = ModelHandle(network, amp_dtype=LOW_PRECISION, memory_format=memory)
     under = partial(accuracy, handle, images, labels, options.steps, options.seed)
     clean, hard = under(linf, 0.0), under(linf, 8 / 255)
     print(f"clean {clean:.3f}, L-inf 8/255 {hard:.3f}")

@@ -46,7 +46,13 @@ from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
 from benchmarks.robustness.withstand import attack_all, jobs, one_thread, reports
-from benchmarks.training import Seen, crop_and_flip, save_weights
+from benchmarks.training import (
+    LOW_PRECISION,
+    Seen,
+    crop_and_flip,
+    low_precision,
+    save_weights,
+)
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report
 from ijsat_aug.flows.calibration import recommended_eta
@@ -70,7 +76,7 @@ ROWS = [
 ]
 L2 = " + L2 of "
 QUARTER = ", quarter of each batch"
-LOW: dict[str, Any] = {"amp_dtype": torch.bfloat16, "memory_format": torch.channels_last}
+LOW: dict[str, Any] = {"amp_dtype": LOW_PRECISION, "memory_format": torch.channels_last}
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -154,9 +160,9 @@ class Method:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """In bfloat16 inside, and float32 outside."""
+    """In low precision inside, and float32 outside."""
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+    with low_precision(images):
         found: Tensor = network(images)
     return found.float()
 
@@ -431,7 +437,7 @@ def main() -> None:
         attack_all(todo, options.processes, until)
     elif not options.record:
         plan = planned(options)
-        flow = load_flow("cifar10-fast", compute_dtype=torch.bfloat16).to(plan.device)
+        flow = load_flow("cifar10-fast", compute_dtype=LOW_PRECISION).to(plan.device)
         train_all(rows, plan, flow, len(ROWS) if plan.device.type == "cuda" else 1, until)
     if options.record:
         print(record(options.name, recorded(rows, options.work, options.images)))
