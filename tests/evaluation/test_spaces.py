@@ -55,7 +55,7 @@ BUDGETS: dict[str, tuple[Space, float, float]] = {
     "jpeg_l1": (jpeg_l1, 40.0, 256.0),
     "fog": (fog, 0.7, 0.5),
     "snow": (snow, 1.5, 0.5),
-    "gabor": (gabor, 0.5, 0.2),
+    "gabor": (gabor, 0.5, 0.3),
     "perceptual": (perceptual(rms), 0.1, 0.03),
 }
 each_space = pytest.mark.parametrize("name", BUDGETS)
