@@ -139,6 +139,8 @@ class NormflowsManifold(_Adapter):
             >>> bool(z.mean().abs() < 1e-5), bool((z.std(0) - 1).abs().max() < 1e-5)
             (True, True)
         """
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} images have no variance; give some hundreds.")
         z = self._changed(_loc=None, _scale=None).encode(images)
         return self._changed(_loc=z.mean(0), _scale=z.std(0).clamp(min=1e-6))
 
@@ -146,7 +148,9 @@ class NormflowsManifold(_Adapter):
     def encode(self, x: Tensor) -> Tensor:
         """The model's latents, all levels one behind the other."""
         u = x if self._to_model is None else self._to_model(x)
-        z = self._call("inverse", _cast(u.flatten(1) if self._flat else u, self.model), len(x))
+        # A clone: some of normflows' transforms work in place.
+        u = _cast(u.flatten(1) if self._flat else u, self.model).clone()
+        z = self._call("inverse", u, len(x))
         flat = torch.cat([part.flatten(1) for part in z], 1) if self._levels else z.flatten(1)
         if self._loc is not None and self._scale is not None:
             flat = (flat - self._loc) / self._scale
@@ -155,7 +159,8 @@ class NormflowsManifold(_Adapter):
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents, differentiable."""
         raw = z if self._loc is None or self._scale is None else z * self._scale + self._loc
-        u = self._call("forward", self._shaped(_cast(raw, self.model)), len(z)).to(z.dtype)
+        shaped = self._shaped(_cast(raw, self.model).clone())
+        u = self._call("forward", shaped, len(z)).to(z.dtype)
         u = u.reshape(-1, *self.shape)
         return u if self._from_model is None else self._from_model(u)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .manifold import Manifold
-from .probe import probe_network, several
+from .probe import as_they_are, probe_network, several
 
 __all__ = ["calibrate", "matching_eta", "recommended_eta", "round_trip"]
 
@@ -31,6 +31,11 @@ def recommended_eta(flow: Any, norm: Norm) -> float:
         0.046
     """
     recommended = getattr(flow, "info", {}).get("calibration", {}).get("recommended", {})
+    if recommended.get(norm) == 0:
+        raise ValueError(
+            "the flow was not finite at the smallest radius of its calibration, which recommends "
+            "none: calibrate it on images like those that it was trained on, or give eta=."
+        )
     if norm not in recommended:
         raise ValueError(
             "this flow has no calibrated radius: give eta=, such as "
@@ -58,10 +63,10 @@ def calibrate(
     Args:
         flow: Any manifold; a conditional one with the context of these images.
         images: Real images in [0, 1], some hundreds.
-        labels: Their classes; without them, or with one alone, the gradient is that of telling
-            mirrored images apart.
+        labels: Their classes; by default those that ``network`` sees in them.
         network: The classifier that gives the gradient; by default a small one is trained on
-            ``images`` with :func:`probe_network`.
+            ``images`` with :func:`probe_network`, without labels, or with one alone, to tell
+            mirrored images apart.
         etas: Radii per latent value.
         seed: Of the directions and of the network.
 
@@ -81,6 +86,7 @@ def calibrate(
         if network is None:
             labels = several(labels)
             network = probe_network(images, labels, seed)
+            labels = as_they_are(images) if labels is None else labels
         modes = {module: module.training for module in network.modules()}
         try:
             return _table(flow, images, labels, network.eval(), sorted(etas), seed)
@@ -98,6 +104,8 @@ def _table(
     seed: int,
 ) -> dict[str, Any]:
     z = flow.encode(images)
+    with torch.no_grad():
+        still = flow.decode(z)  # not the image, where the manifold is not exact
     targets = None if labels is None else labels.to(images.device)
     directions = {
         "random": _random_direction(seed),
@@ -110,7 +118,7 @@ def _table(
         table[norm] = [
             {
                 "eta": eta * unit,
-                **{name: _measure(flow, images, z, find, norm, eta * unit)
+                **{name: _measure(flow, images, still, z, find, norm, eta * unit)
                    for name, find in directions.items()},
             }
             for eta in etas
@@ -169,8 +177,8 @@ def round_trip(flow: Manifold, images: Tensor) -> dict[str, float]:
     kinds = {
         "real": images,
         "mixed": (images + images.roll(1, 0)) / 2,
-        "black": torch.zeros_like(images[:1]),
-        "white": torch.ones_like(images[:1]),
+        "black": torch.zeros_like(images),
+        "white": torch.ones_like(images),
         "noise": noise,
     }
     return {k: float((flow.decode(flow.encode(x)) - x).abs().max()) for k, x in kinds.items()}
@@ -194,9 +202,8 @@ def _gradient_direction(
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()
         logits = network(leaf)
-        # Without labels the images are shown as they are: class 0 is "not mirrored".
-        y = labels if labels is not None else torch.zeros(len(images), dtype=torch.long)
-        loss = F.cross_entropy(logits, y.to(images.device), reduction="sum")
+        y = logits.argmax(1) if labels is None else labels.to(images.device)
+        loss = F.cross_entropy(logits, y, reduction="sum")
         (g,) = torch.autograd.grad(loss, leaf)
     ascent = _pulled(flow, flow.encode(images), lambda _: g)  # for every radius and norm
 
@@ -237,11 +244,12 @@ def _to_sphere(direction: Tensor, norm: str, radius: float) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    flow: Manifold, images: Tensor, z: Tensor, find: Find, norm: str, radius: float
+    flow: Manifold, images: Tensor, still: Tensor, z: Tensor, find: Find, norm: str, radius: float
 ) -> dict[str, float | None]:
-    moved = flow.decode(z + find(images, z, norm, radius))
-    finite = moved.isfinite().flatten(1).all(1)
-    away = (moved - images)[finite].flatten(1)
+    move = flow.decode(z + find(still, z, norm, radius)) - still
+    finite = move.isfinite().flatten(1).all(1)
+    moved = images + move
+    away = move[finite].flatten(1)
     half_level = 0.5 / (getattr(getattr(flow, "config", None), "bins", 256) - 1)
     outside = ((moved < -half_level) | (moved > 1 + half_level))[finite]
     if not bool(finite.any()):
@@ -256,6 +264,16 @@ def _measure(
 
 def _at_home(flow: Any, images: Tensor) -> Tensor:
     """The images where the flow is, and in its precision, if it says so."""
+    if not images.is_floating_point():
+        raise TypeError(f"the images are {images.dtype}, floats in [0, 1] are needed: / 255.")
+    if len(images) == 0:
+        raise ValueError("there is no image to measure on; give some hundreds.")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"the images go from {low:.3g} to {high:.3g}, a flow takes them in [0, 1]: give them "
+            "before they are normalised."
+        )
     device = getattr(flow, "device", images.device)
     return images.to(device, getattr(flow, "dtype", images.dtype))
 

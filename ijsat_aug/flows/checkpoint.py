@@ -141,7 +141,7 @@ def save_flow(
     card = {
         "format": FORMAT,
         "kind": "glow",
-        "name": name or folder.name,
+        "name": name or folder.resolve().name,
         "architecture": config.to_dict(),
         "data": data,
         "license": license,
@@ -185,6 +185,8 @@ def convert_checkpoint(
     """
     import pickle
 
+    if (Path(folder) / WEIGHTS).exists():
+        raise FileExistsError(f"{folder} already holds a flow; choose another folder.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -222,9 +224,9 @@ def _found(
     return folder, card, config, weights
 
 
-def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig, bytes]:
+def _read(folder: Path, known: Mapping[str, str]) -> tuple[dict[str, Any], GlowConfig, bytes]:
     """Config and weights of a folder, after every check."""
-    card = _read_card(folder)
+    card = _read_card(folder, known.get(CONFIG))
     path = folder / WEIGHTS
     try:
         weights = path.read_bytes()
@@ -232,13 +234,8 @@ def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig,
         raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    actual = hashlib.sha256(weights).hexdigest()
-    for source, wanted in ((CONFIG, card["weights"]["sha256"]), ("the registry", sha256)):
-        if wanted is not None and actual != wanted.lower():
-            raise CheckpointError(
-                f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
-                f"asked for {wanted[:12]}…; delete the folder and fetch it again."
-            )
+    _check_sum(path, weights, card["weights"]["sha256"], CONFIG)
+    _check_sum(path, weights, known.get(WEIGHTS), "the registry")
     try:
         config = GlowConfig.from_dict(card["architecture"])
     except (ValueError, TypeError) as error:
@@ -247,10 +244,21 @@ def _read(folder: Path, sha256: str | None) -> tuple[dict[str, Any], GlowConfig,
     return card, config, weights
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def _check_sum(path: Path, data: bytes, wanted: str | None, source: str) -> None:
+    actual = hashlib.sha256(data).hexdigest()
+    if wanted is not None and actual != wanted.lower():
+        raise CheckpointError(
+            f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
+            f"asked for {wanted[:12]}…; delete the folder and fetch it again."
+        )
+
+
+def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        _check_sum(path, data, sha256, "the registry")
+        card = json.loads(data)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a flow checkpoint: it has no {CONFIG}; name the folder that "
@@ -267,10 +275,9 @@ def _read_card(folder: Path) -> dict[str, Any]:
             f"{path} has format {card['format']}, this ijsat-aug reads up to {FORMAT}; upgrade "
             "with pip install -U ijsat-aug."
         )
-    sha256 = (
-        card.get("weights", {}).get("sha256") if isinstance(card.get("weights"), dict) else None
-    )
-    if card.get("kind") != "glow" or not card.keys() >= _KEYS or not isinstance(sha256, str):
+    weights = card.get("weights")
+    found = weights.get("sha256") if isinstance(weights, dict) else None
+    if card.get("kind") != "glow" or not card.keys() >= _KEYS or not isinstance(found, str):
         raise CheckpointError(f"{path} describes no Glow; fetch the checkpoint again.")
     return card
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_images(
         >>> digits.images.shape, digits.bins
         (torch.Size([1500, 1, 8, 8]), 17)
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if source == "digits":  # a folder of that name is "./digits"
         data = _digits(train)
     elif path.is_dir():
@@ -108,7 +109,13 @@ def _digits(train: bool) -> ImageData:
 def _from_array(path: Path) -> ImageData:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    loaded = np.load(path, allow_pickle=False)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile):  # numpy's own words advise to unpickle
+        raise ValueError(
+            f"{path} is damaged, or holds objects, which are never unpickled (allow_pickle=False): "
+            "save arrays of numbers."
+        ) from None
     labels = None
     if isinstance(loaded, np.ndarray):
         images = loaded
@@ -119,7 +126,10 @@ def _from_array(path: Path) -> ImageData:
         images = loaded[name]
         label_name = next((n for n in ("labels", "y", "targets") if n in loaded.files), None)
         if label_name is not None:
-            labels = torch.from_numpy(loaded[label_name].astype(np.int64)).flatten()
+            found = loaded[label_name]
+            if not np.issubdtype(found.dtype, np.integer):
+                raise TypeError(f"{path} holds labels of {found.dtype}; save class numbers.")
+            labels = torch.from_numpy(found.astype(np.int64)).flatten()
             if len(labels) != len(images):
                 raise ValueError(f"{path} holds {len(images)} images but {len(labels)} labels.")
     return ImageData(_channels_first(images, path), labels, 256, path.name)
@@ -194,6 +204,8 @@ def _from_torchvision(
         options["train"] = train
     elif "split" in known:
         options["split"] = "train" if train else "test"
+    elif not train:
+        raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
     dataset = kind(root, **options)
     targets: list[Any] = []
 

@@ -226,6 +226,8 @@ class FrozenGlow:
                 f"labels of shape {tuple(labels.shape)} do not fit: they must be ({count},), and "
                 "the flow class-conditional."
             )
+        elif count and not 0 <= int(labels.min()) <= int(labels.max()) < len(means):
+            raise ValueError(f"labels must lie in 0..{len(means) - 1}, got {labels.tolist()}.")
         noise = torch.randn(count, self.latent_dim, dtype=self.dtype, **place)
         latents = means[labels] + temperature * stds[labels] * noise
         return self.decode((latents - self.mean) / self.std).clamp(0, 1)

@@ -16,7 +16,7 @@ from .data import ImageData
 from .fold import freeze
 from .frozen import FrozenGlow
 from .glow import GlowConfig, bits_per_dim, build_glow, dequantize
-from .probe import probe_network, several
+from .probe import as_they_are, probe_network, several
 
 __all__ = ["evaluate", "publish", "save_pictures"]
 
@@ -73,7 +73,7 @@ def publish(
     seen = train.images[:_NETWORK_IMAGES].to(device).float() / (config.bins - 1)
     labels = None if train.labels is None else several(train.labels[:_NETWORK_IMAGES])
     if not _comparable(labels, shown.labels):
-        labels, shown = None, replace(shown, labels=None)
+        labels, shown = None, replace(shown, labels=as_they_are(shown.images))
     network = probe_network(seen, labels)
     save_pictures(flow, measured, folder)
     return save_flow(

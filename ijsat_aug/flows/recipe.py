@@ -60,8 +60,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be greater than 0, got {value!r}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed!r}.")
+        for name in ("seed", "warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
         for name in ("batch_size", "every", "init_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")

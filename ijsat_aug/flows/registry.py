@@ -60,8 +60,8 @@ def image_sizes() -> dict[str, str]:
     return {name: _registry()[name]["shape"] for name in list_flows()}
 
 
-def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a checkpoint, fetched when needed, and the sha256 of its weights."""
+def locate(source: str | Path, revision: str | None) -> tuple[Path, dict[str, str]]:
+    """The local folder of a checkpoint, fetched when needed, and the known sha256 of its files."""
     text = os.fspath(source)
     path = Path(text).expanduser()
     named = isinstance(source, str) and text in _registry()
@@ -77,11 +77,11 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
             "a file that must not change give sha256=..."
         )
     if named:
-        return _named(text), _registry()[text]["model.safetensors"]
+        return _named(text), _registry()[text]
     if local:
-        return path, None
+        return path, {}
     if on_hub:
-        return _from_hub(text, revision, ""), None
+        return _from_hub(text, revision, ""), {}
     if isinstance(source, Path) and text in list_flows():
         raise CheckpointError(
             f"there is no folder {text}; the flow of that name is {text!r}, a str."

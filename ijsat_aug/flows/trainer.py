@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .data import ImageData
 from .display import Display, Progress
-from .files import write_atomically
+from .files import check_target, write_atomically
 from .fold import freeze
 from .glow import ClampedNet, GlowConfig, bits_per_dim, build_glow, dequantize
 from .publish import evaluate, publish, save_pictures
@@ -107,6 +107,7 @@ def train_flow(
 def _check_place(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("resume goes on and overwrite starts anew: choose one of them.")
+    check_target(out / _STATE)
     if overwrite or (resume and (out / _STATE).exists()):
         return
     for file in (out / _STATE, out / "model.safetensors"):
@@ -121,6 +122,11 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
     for part in (data, test):
         if part is None:
             continue
+        if part.images.is_floating_point() or int(part.images.min()) < 0:
+            raise TypeError(
+                f"{part.name} holds {part.images.dtype} from {float(part.images.min()):.3g}; a "
+                "flow is trained on grey levels, integers from 0."
+            )
         if tuple(part.images.shape[1:]) != config.shape:
             raise ValueError(
                 f"{part.name} holds images of shape {tuple(part.images.shape[1:])}, but the flow "

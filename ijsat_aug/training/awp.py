@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.balls import unit
+from ..attack.model import buffers_kept
 
 __all__ = ["AdversarialWeightPerturbation"]
 
@@ -48,14 +49,8 @@ class AdversarialWeightPerturbation:
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         if not weights:
             raise ValueError("the model has no trainable weight matrix to perturb.")
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
-        try:
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        with buffers_kept(list(self.model.modules())), torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
         found = zip(weights, gradients, strict=True)
         moves = [(w, w.detach().clone(), self._uphill(w, g)) for w, g in found if g is not None]
         try:

@@ -127,7 +127,10 @@ class AugmentedLoader(Generic[T]):
 
     def _hear(self) -> None:
         """Go by the epoch that who counts them was told since, where it says so in a number."""
-        told = getattr(self._counting(), "epoch", None)
+        owner = self._counting()
+        if isinstance(owner, AugmentedLoader):
+            owner._hear()
+        told = getattr(owner, "epoch", getattr(owner, "iteration", None))  # accelerate's loaders
         if isinstance(told, Integral) and told != self.heard:
             self.epoch = self.heard = int(told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,9 +35,9 @@ class TRADESLoss(nn.Module):
     def forward(self, clean: Tensor, adversarial: Tensor, target: Tensor) -> Tensor:
         """The loss of logits against classes ``(B,)`` or probabilities ``(B, C)``."""
         target = as_target(target, len(clean), values=False)
-        log_p, log_q = (logits.float().log_softmax(1) for logits in (clean, adversarial))
+        log_p, log_q = _log_softmax(clean, adversarial)
         divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return F.cross_entropy(clean.float(), target) + self.beta * divergence
+        return F.cross_entropy(_full(clean), target) + self.beta * divergence
 
 
 class MARTLoss(nn.Module):
@@ -64,7 +65,7 @@ class MARTLoss(nn.Module):
 
     def forward(self, clean: Tensor, adversarial: Tensor, target: Tensor) -> Tensor:
         """The loss of logits against classes ``(B,)`` or probabilities ``(B, C)``."""
-        log_p, log_q = (logits.float().log_softmax(1) for logits in (clean, adversarial))
+        log_p, log_q = _log_softmax(clean, adversarial)
         target = as_target(target, len(clean), values=False)
         if target.ndim == 1:
             target = F.one_hot(target, clean.shape[1])
@@ -104,7 +105,22 @@ class IATLoss(nn.Module):
         share = self.adversarial_share
         pairs = ((clean, clean_target), (adversarial, adversarial_target))
         one, two = (
-            F.cross_entropy(logits.float(), as_target(target, len(logits), values=False))
+            F.cross_entropy(_full(logits), as_target(target, len(logits), values=False))
             for logits, target in pairs
         )
         return (1 - share) * one + share * two
+
+
+def _log_softmax(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of two batches of the same samples."""
+    if clean.shape != adversarial.shape:
+        raise ValueError(
+            f"clean and adversarial are logits of the same samples, got {tuple(clean.shape)} and "
+            f"{tuple(adversarial.shape)}."
+        )
+    return _full(clean).log_softmax(1), _full(adversarial).log_softmax(1)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

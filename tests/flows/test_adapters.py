@@ -321,3 +321,25 @@ def test_mistakes() -> None:
         NormflowsManifold(model, (1, 8, 8), flat=True, from_labels=rows)
     with pytest.raises(ValueError, match="the model is not conditional"):
         NormflowsManifold(model, (1, 8, 8), flat=True).given(torch.zeros(2, 10))
+
+
+def test_a_model_that_works_in_place_leaves_the_images(network, digits, labels) -> None:
+    parts = [[nf.flows.GlowBlock(4, 8, scale_map="exp"), nf.flows.Squeeze()]]
+    base, shift = [nf.distributions.DiagGaussian((4, 4, 4))], nf.transforms.Shift()
+    model = nf.MultiscaleFlow(base, parts, [], transform=shift, class_cond=False)
+    x = digits[:4].clone()
+    model(x.clone())  # ActNorm looks at its first batch
+    manifold = NormflowsManifold(model, (1, 8, 8))
+    z = manifold.encode(x)
+    assert torch.equal(x, digits[:4])
+    before = z.clone()
+    assert torch.allclose(manifold.decode(z), x, atol=1e-4)
+    assert torch.equal(z, before)
+    moved, _ = JointSpaceAdv(network, manifold, eps=0, eta=1e-4)(x, labels[:4])
+    assert (moved - x).abs().max() < 0.01
+
+
+def test_one_image_has_no_variance() -> None:
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
+    with pytest.raises(ValueError, match="1 images have no variance"):
+        NormflowsManifold(model, (1, 2, 2), flat=True).standardised(torch.rand(1, 1, 2, 2))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ijsat_aug import load_flow
-from ijsat_aug.flows.calibration import calibrate, matching_eta, round_trip
+from ijsat_aug.flows import Pyramid
+from ijsat_aug.flows.calibration import calibrate, matching_eta, recommended_eta, round_trip
 from ijsat_aug.flows.data import load_images
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.probe import probe_network
@@ -231,3 +233,42 @@ def test_round_trip_names_its_kinds_of_images(flow: FrozenGlow, digits: Tensor) 
     errors = round_trip(flow, digits)
     assert set(errors) == {"real", "mixed", "black", "white", "noise"}
     assert max(errors.values()) <= 1e-5
+
+
+def test_what_a_manifold_misses_is_no_move(flow: FrozenGlow, digits: Tensor) -> None:
+    large = nn.functional.interpolate(digits[:32], size=(20, 20), mode="nearest")
+    pyramid = Pyramid(flow, (20, 20))
+    (row,) = calibrate(pyramid, large, etas=(0.05,))["linf"]
+    z = pyramid.encode(large)
+    generator = torch.Generator().manual_seed(0)
+    corner = 0.05 * torch.randn(z.shape, generator=generator).sign()
+    move = (pyramid.decode(z + corner) - pyramid.decode(z)).square().mean((1, 2, 3)).sqrt()
+    assert row["random"]["pixel_rms"] == pytest.approx(float(move.median()), rel=1e-3)
+    assert row["random"]["pixel_rms"] < 0.5 * float(
+        (pyramid.decode(z) - large).square().mean().sqrt()
+    )
+
+
+@pytest.mark.parametrize("measure", [calibrate, round_trip])
+def test_images_out_of_range_are_refused(measure, flow: FrozenGlow, digits: Tensor) -> None:
+    with pytest.raises(TypeError, match="floats in"):
+        measure(flow, (255 * digits[:8]).byte())
+    with pytest.raises(ValueError, match="before they are normalised"):
+        measure(flow, (digits[:8] - 0.5) / 0.25)
+    with pytest.raises(ValueError, match="no image to measure"):
+        measure(flow, digits[:0])
+
+
+def test_a_network_without_labels_is_asked_for_its_own(flow: FrozenGlow, digits: Tensor) -> None:
+    x = digits[:32]
+    network = probe_network(x, torch.arange(32) % 3, steps=20)
+    own = network(x).argmax(1)
+    assert len(own.unique()) > 1
+    alone, told = (calibrate(flow, x, y, network=network, etas=(0.05,)) for y in (None, own))
+    assert alone == told
+
+
+def test_no_radius_can_be_told_of_a_flow_that_is_never_finite() -> None:
+    calibrated = SimpleNamespace(info={"calibration": {"recommended": {"linf": 0.0}}})
+    with pytest.raises(ValueError, match="not finite at the smallest radius"):
+        recommended_eta(calibrated, "linf")

@@ -305,3 +305,12 @@ def test_legacy_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="does not fit the config"):
         convert_checkpoint(tmp_path / "other.pt", CONFIG, tmp_path / "new")
+
+
+def test_a_conversion_overwrites_no_flow(tmp_path: Path) -> None:
+    there = save_flow(tmp_path / "flow", CONFIG, random_glow(CONFIG).state_dict())
+    before = (there / "model.safetensors").read_bytes()
+    torch.save(random_glow(CONFIG, seed=1).state_dict(), tmp_path / "old.pt")
+    with pytest.raises(FileExistsError, match="already holds a flow"):
+        convert_checkpoint(tmp_path / "old.pt", CONFIG, there)
+    assert (there / "model.safetensors").read_bytes() == before

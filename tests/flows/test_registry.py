@@ -182,3 +182,15 @@ except CheckpointError as error:
     assert (shape, loaded) == ([1, 8, 8], sha256)
     assert "cannot fetch 'somebody/flows' from the Hugging Face hub" in error
     assert list((tmp_path / "home" / "hub").rglob("model.safetensors"))
+
+
+def test_a_changed_config_of_the_cache_is_found(
+    remote: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("IJSAT_URL", remote.as_uri())
+    load_flow("far")
+    (config,) = (tmp_path / "home").rglob("config.json")
+    card = json.loads(config.read_text())
+    config.write_text(json.dumps(card | {"calibration": {"recommended": {"linf": 9.0}}}))
+    with pytest.raises(CheckpointError, match=r"config.json is damaged or another file"):
+        load_flow("far")

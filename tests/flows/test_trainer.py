@@ -403,3 +403,16 @@ def test_two_processes_train_one_flow(tmp_path: Path) -> None:
     assert ranks[0][3] == ranks[1][3]
     config = json.loads((tmp_path / "flow" / "config.json").read_text())
     assert config["training"]["hardware"].startswith("2 x CPU")
+
+
+def test_what_cannot_be_trained_on_or_written_is_told_before_the_work(tmp_path: Path) -> None:
+    data = load_images("digits")
+    config = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17)
+    floats = ImageData(data.pixels, None, 17, "pixels")
+    with pytest.raises(TypeError, match="a flow is trained on grey levels"):
+        train_flow(floats, config, tmp_path / "a", Recipe(epochs=1), quiet=True)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotADirectoryError, match="is a file, and cannot hold"):
+        train_flow(data, config, tmp_path / "file", Recipe(epochs=1), quiet=True)
+    with pytest.raises(ValueError, match="weight_decay must be at least 0"):
+        Recipe(epochs=1, weight_decay=-1)

@@ -155,3 +155,20 @@ def test_a_gradient_that_says_nothing_costs_no_weights(weight: float, value: flo
         found.backward()
     assert torch.equal(net.weight, before)
     assert float(moved[1].detach()) == pytest.approx(0.01 if value == 1e-30 else 0, rel=1e-3)
+
+
+def test_a_buffer_that_is_put_anew_counts_once() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.linear(x)
+
+    model, x = Counting(), torch.randn(8, 4)
+    with AdversarialWeightPerturbation(model)(lambda: model(x).square().mean()) as loss:
+        loss.backward()
+    assert model.calls == 1

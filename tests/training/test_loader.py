@@ -223,3 +223,29 @@ def test_one_line_in_an_ordinary_loop(data, network) -> None:
         loss.backward()
         optimizer.step()
     assert int(network[1].num_batches_tracked) == before + 2
+
+
+def test_a_loader_around_another_hears_the_epoch_too(data, network) -> None:
+    sampler = DistributedSampler(data, 1, 0)
+    attack = JointSpaceAdv(network, eta=0)
+    inner = AugmentedLoader(DataLoader(data, 25, sampler=sampler), lambda batch: batch)
+    outer = AugmentedLoader(inner, attack, epochs=(7, None))
+    sampler.set_epoch(7)
+    next(iter(outer))
+    assert attack.last
+    assert outer.epoch == inner.epoch
+
+
+def test_it_hears_the_epoch_of_accelerate(data, network) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    prepared = accelerate.Accelerator(cpu=True).prepare(DataLoader(data, 25, shuffle=True))
+    attack = JointSpaceAdv(network, eta=0)
+    loader = AugmentedLoader(prepared, attack, epochs=(3, 5))
+    attacked = []
+    prepared.set_epoch(2)
+    for _ in range(4):
+        attack.last = {}
+        for _ in loader:
+            pass
+        attacked.append(bool(attack.last))
+    assert attacked == [False, True, True, False]

@@ -106,3 +106,19 @@ def test_labels_of_each_kind(loss, case) -> None:
         loss(clean, adversarial, y[:, None])
     with pytest.raises(ValueError, match="images and labels of shape"):
         loss(clean, adversarial, y[:-1])
+
+
+@pytest.mark.parametrize("loss", [TRADESLoss(), MARTLoss()])
+def test_logits_of_other_samples_are_refused(loss) -> None:
+    with pytest.raises(ValueError, match="logits of the same samples"):
+        loss(torch.randn(4, 3), torch.randn(1, 3), torch.tensor([0, 1, 2, 0]))
+
+
+def test_float64_stays() -> None:
+    clean, worse = torch.randn(2, 4, 3, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0])
+    for loss in (TRADESLoss(), MARTLoss()):
+        found = loss(clean, worse, y)
+        assert found.dtype == torch.float64
+        assert found != loss(clean.float(), worse.float(), y)
+    assert IATLoss()(clean, y, worse, y).dtype == torch.float64
