@@ -82,7 +82,8 @@ def run(out: Path, source: str = "digits", epochs: int = 12, seed: int = 0) -> P
     console.print(
         f"The networks: {out}/*.safetensors. To evaluate one: [bold]ijsat-aug evaluate digits "
         f"--model ijsat_aug.demo:network --weights {out / 'IJSAT.safetensors'} --flow {source} "
-        "--html report.html[/]"
+        "--threats quick --html report.html[/]",
+        soft_wrap=True,
     )
     return path
 

@@ -70,10 +70,10 @@ def _call(place: str, name: str) -> nn.Module:
     file = Path(place)
     with _importable(file.parent if place.endswith(".py") else Path.cwd()):
         module = _import_file(file) if place.endswith(".py") else _import(place)
-    make = getattr(module, name, None)
-    if not callable(make):
-        raise ValueError(f"{place} has no function {name!r}.")
-    model = make if isinstance(make, nn.Module) else make()
+        make = getattr(module, name, None)
+        if not callable(make):
+            raise ValueError(f"{place} has no function {name!r}.")
+        model = make if isinstance(make, nn.Module) else make()  # it may import as it runs
     if not isinstance(model, nn.Module):
         raise TypeError(f"{place}:{name}() must return a module, got {type(model).__name__}.")
     return model

@@ -153,3 +153,10 @@ def test_nothing_is_unpickled(file, tmp_path) -> None:
     torch.save({"1.weight": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="tensors alone"):
         load_model(f"{file}:make", tmp_path / "evil.pt")
+
+
+def test_a_function_may_import_what_lies_beside_it(tmp_path) -> None:
+    (tmp_path / "beside_it.py").write_text("from torch import nn\nnet = nn.Linear(2, 2)\n")
+    file = tmp_path / "late.py"
+    file.write_text("def make():\n    from beside_it import net\n    return net\n")
+    assert isinstance(load_model(f"{file}:make"), nn.Linear)

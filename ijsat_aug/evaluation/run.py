@@ -93,6 +93,11 @@ def evaluate(
     victim.scale.check(x[:1], values=False)
     chosen = select_threats(threats, flow, x.shape[1:])
     corrupted = _corruptions(corruptions)
+    if corrupted and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"corruptions are made of images of 1 or 3 channels, these have {x.shape[1]}: leave "
+            "them out with corruptions=()."
+        )
     settings = {
         "name": name, "model": fingerprint(victim.model), "data": fingerprint(x, y),
         "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
@@ -101,10 +106,16 @@ def evaluate(
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     check_logits(logits, 1, y, values=True)
+    if classes is not None and len(classes) != logits.shape[1]:
+        raise ValueError(
+            f"there are {len(classes)} classes of images, and the model tells {logits.shape[1]} "
+            "apart: the labels would mean others; give a folder for each class of the model."
+        )
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
-    # A function has no weights to tell it from another.
+    # A function has no weights to tell it from another, and a layer may have other gradients.
     of_these["logits"] = logits.flatten()[:32].tolist()
+    of_these["parts"] = victim.parts
     store = Store(folder, of_these, overwrite=overwrite)
     work = Work(victim, x, y, seed, batches, store, Display(progress))
     results: dict[str, Result] = {}

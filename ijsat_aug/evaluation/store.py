@@ -49,7 +49,7 @@ class Store:
         if before is not None and before != wanted:
             if not overwrite:
                 other = [k for k in {*before, *wanted} if before.get(k) != wanted.get(k)]
-                other = sorted({"model" if k == "logits" else k for k in other})
+                other = sorted({"model" if k in ("logits", "parts") else k for k in other})
                 raise ValueError(
                     f"{self.folder} holds results of another {', '.join(other)}: choose another "
                     "folder, or pass overwrite=True (--overwrite)."

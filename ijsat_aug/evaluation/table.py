@@ -99,19 +99,18 @@ def rows(report: Report, against: Report | None = None) -> list[Row]:
 
 
 def _row(part: str, result: Result, against: Report | None) -> Row:
-    other = None if against is None else against.results.get(result.name)
-    if other is not None and (other.budget, other.steps) != (result.budget, result.steps):
-        other = None
-    change = None if other is None else _paired(result.correct, other.correct)
+    other = _same(result, against)
+    change = None if other is None else _paired([result.correct], [other.correct])
     steps = str(result.steps) if result.steps else ""
     return Row(part, result.title, result.budget, steps, result.accuracy, change, result.reference)
 
 
 def _union(report: Report, against: Report | None, part: str, title: str, *kinds: Kind) -> Row:
-    names = [result.name for result in report.attacks(*kinds)]
+    results = report.attacks(*kinds)
+    names = [result.name for result in results]
     change = None
-    if against is not None and set(names) <= set(against.results):
-        change = _paired(report.worst(names), against.worst(names))
+    if against is not None and all(_same(result, against) for result in results):
+        change = _paired([report.worst(names)], [against.worst(names)])
     return Row(part, title, "", "", report.union(*kinds), change, strong=True)
 
 
@@ -120,13 +119,14 @@ def _corruptions(report: Report, against: Report | None) -> list[Row]:
     groups = report.by_corruption()
     if not groups:
         return []
-    others = {} if against is None else {r.name: r for r in against.of_kind("corruption")}
+    if against is not None and report.settings.get("seed") != against.settings.get("seed"):
+        against = None  # other noise
     found = []
     for group in groups.values():
-        right = "".join(r.correct for r in group)
-        pair = [others[r.name].correct for r in group if r.name in others]
-        change = _paired(right, "".join(pair)) if len(pair) == len(group) else None
-        share = _clustered([r.correct for r in group])
+        ours = [r.correct for r in group]
+        theirs = [other.correct for r in group if (other := _same(r, against))]
+        change = _paired(ours, theirs) if len(theirs) == len(ours) else None
+        share = _clustered(ours)
         found.append(Row(part, group[0].title, f"{len(group)} severities", "", share, change))
     score = corruption_score({n: [r.accuracy.value for r in g] for n, g in groups.items()})
     mean = Share(score.accuracy, math.nan, math.nan)
@@ -141,22 +141,32 @@ def _corruptions(report: Report, against: Report | None) -> list[Row]:
 def _clustered(lines: list[str]) -> Share:
     """A share whose interval counts images, not their five severities."""
     count = len(lines[0])
-    means = [fmean(c == "1" for c in image) for image in zip(*lines, strict=True)]
+    means = _means(lines)
     share = fmean(means)
-    if len(lines) == 1:
-        return wilson(lines[0].count("1"), count)
+    if len(lines) == 1 or share in (0, 1):
+        return wilson(round(share * count), count)
     spread = math.sqrt(sum((m - share) ** 2 for m in means) / max(count - 1, 1) / count)
     return Share(share, max(0.0, share - 1.96 * spread), min(1.0, share + 1.96 * spread))
 
 
-def _paired(right: str, other: str) -> Share:
-    """The difference of two shares of the same images."""
-    count = len(right)
-    gained = sum(a > b for a, b in zip(right, other, strict=True))
-    lost = sum(a < b for a, b in zip(right, other, strict=True))
-    change = (gained - lost) / count
-    spread = math.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0)) / count
+def _paired(ours: list[str], theirs: list[str]) -> Share:
+    """The difference of two shares of the same images; its interval counts images too."""
+    changes = [a - b for a, b in zip(_means(ours), _means(theirs), strict=True)]
+    change = fmean(changes)
+    spread = math.sqrt(sum((c - change) ** 2 for c in changes)) / len(changes)
     return Share(change, change - 1.96 * spread, change + 1.96 * spread)
+
+
+def _means(lines: list[str]) -> list[float]:
+    """Of each image, the share of the lines in which it is right."""
+    return [fmean(c == "1" for c in image) for image in zip(*lines, strict=True)]
+
+
+def _same(result: Result, against: Report | None) -> Result | None:
+    """The result of the other report under the same threat, if it has one."""
+    other = None if against is None else against.results.get(result.name)
+    threats = [(r.budget, r.steps, r.reference) for r in (result, other) if r is not None]
+    return other if len(set(threats)) == 1 else None
 
 
 def check_same_images(ours: str | None, against: Report) -> None:

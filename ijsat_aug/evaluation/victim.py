@@ -61,6 +61,12 @@ class Victim:
         return self.handle.model
 
     @property
+    def parts(self) -> list[str]:
+        """The kinds of its modules."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        return sorted({type(module).__qualname__ for module in modules})
+
+    @property
     def device(self) -> torch.device:
         """Where its parameters are."""
         model = self.model

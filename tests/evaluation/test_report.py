@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,3 +136,32 @@ def test_who_shows_pgd_alone_is_told() -> None:
 
 def test_large_pictures_are_made_small() -> None:
     assert max(from_png(to_png(torch.rand(3, 500, 300))).shape) <= 96
+
+
+def test_the_change_under_a_corruption_counts_images_not_severities() -> None:
+    """Five severities of one image agree: they are no five images."""
+
+    def found(line: str) -> Report:
+        names = [f"fog/{s}" for s in range(1, 6)]
+        return Report({"data": "d"}, {n: result(n, line, "corruption") for n in names})
+
+    ours, theirs = "1" * 30 + "0" * 20, "1" * 20 + "0" * 30
+    fog = rows(found(ours), found(theirs))[0]
+    (one,) = (r for r in rows(report(clean=ours), report(clean=theirs)) if r.title == "CLEAN")
+    assert fog.change == pytest.approx(one.change)
+    assert fog.difference == one.difference == "+20.0 ± 11.1"
+
+
+def test_noise_of_another_seed_is_not_compared() -> None:
+    def found(seed: int) -> Report:
+        return Report({"data": "d", "seed": seed}, {"fog/1": result("fog/1", "1100", "corruption")})
+
+    assert rows(found(0), found(0))[0].change is not None
+    assert rows(found(0), found(1))[0].change is None
+
+
+def test_worst_cases_of_other_budgets_are_not_compared() -> None:
+    ours, theirs = report(clean="1111", linf="1100"), report(clean="1111", linf="1000")
+    theirs.results["linf"] = replace(theirs.results["linf"], budget="64/255")
+    (worst,) = (row for row in rows(ours, theirs) if row.title.startswith("worst case"))
+    assert worst.change is None

@@ -212,6 +212,34 @@ def test_another_function_is_another_model(net, digits, labels, tmp_path) -> Non
             evaluate(kind(-1), digits[:20], labels[:20], **options)
 
 
+def test_a_layer_with_another_gradient_is_another_model(net, digits, labels, tmp_path) -> None:
+    """As where somebody looks whether a gradient was masked: answers and weights are the same."""
+
+    class Rounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 16).round() / 16
+
+    class StraightThrough(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + ((x * 16).round() / 16 - x).detach()
+
+    options = {"threats": [], "corruptions": [], "folder": tmp_path}
+    evaluate(nn.Sequential(Rounded(), net), digits[:20], labels[:20], **options)
+    with pytest.raises(ValueError, match="results of another model"):
+        evaluate(nn.Sequential(StraightThrough(), net), digits[:20], labels[:20], **options)
+
+
+def test_classes_that_are_not_the_models_are_refused(net, digits, labels) -> None:
+    with pytest.raises(ValueError, match="there are 3 classes of images, and the model tells 10"):
+        evaluate(net, digits[:9], labels[:9] % 3, classes=("a", "b", "c"), threats=[])
+
+
+def test_corruptions_of_two_channels_are_refused_before_the_work(labels) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(ValueError, match=r"1 or 3 channels, these have 2: .*corruptions=\(\)"):
+        evaluate(model, torch.rand(9, 2, 8, 8), labels[:9], threats=["linf@2"])
+
+
 def test_corruptions_of_other_files_are_others(tmp_path) -> None:
     torch.manual_seed(0)
     x, y = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 10
