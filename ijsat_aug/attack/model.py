@@ -33,8 +33,8 @@ class ModelHandle:
     It is not a module: the model is neither registered nor moved nor copied with what holds the
     handle. Wrappers with side effects (DDP, DataParallel, the averaged model of EMA) are taken off;
     a compiled model stays compiled. Of a callable that is no module, the module behind it (a bound
-    method, a partial, a closure, an object that is called) is frozen; what a function finds among
-    global names is not.
+    method, a partial, a closure, an object that is called, a module that a function finds among
+    global names) is frozen.
 
     Args:
         model: A module, or any callable from images to logits; None until there is one.
@@ -71,10 +71,11 @@ class ModelHandle:
             raise TypeError(f"model must be a module or a callable, got {type(model).__name__}.")
         if mode not in ("eval", "train"):
             raise ValueError(f'model_mode must be "eval" or "train", got {mode!r}.')
-        if amp_dtype is not None:
-            floating = isinstance(amp_dtype, torch.dtype) and amp_dtype.is_floating_point
-            if not floating:
-                raise ValueError(f"amp_dtype must be a floating torch.dtype, got {amp_dtype!r}.")
+        if amp_dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(
+                "amp_dtype must be float16, bfloat16, or for no autocast float32, as a floating "
+                f"torch.dtype, got {amp_dtype!r}."
+            )
         if memory_format not in (None, torch.contiguous_format, torch.channels_last):
             raise ValueError(
                 f"memory_format must be torch.channels_last or contiguous_format, got "
@@ -106,6 +107,7 @@ class ModelHandle:
         low = None
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             low = torch.get_autocast_dtype(device)
+            images = images.float() if images.dtype == torch.float64 else images  # not cast by it
         else:
             images = images.to(self._dtype(images.dtype))
         assert self.model is not None
@@ -157,18 +159,18 @@ class ModelHandle:
                     parameter.requires_grad_(False)
                 yield
             finally:
-                for parameter in trainable:
-                    parameter.requires_grad_()
                 for part, route in split:
                     part.route = route
                 for module, training in zip(modules, modes, strict=True):
                     module.training = training
+                for parameter in trainable:
+                    parameter.requires_grad_()
 
     def _dtype(self, default: torch.dtype) -> torch.dtype:
-        """The precision of the parameters, where they agree."""
+        """The precision of the first kernel or matrix: norms and scales may have another."""
         parameters = (p for m in _parts(self.model) for p in m.parameters(recurse=False))
-        kinds = {p.dtype for p in parameters if p.is_floating_point()}
-        return kinds.pop() if len(kinds) == 1 else default
+        kernels = (p.dtype for p in parameters if p.is_floating_point() and p.ndim > 1)
+        return next(kernels, default)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle holds the settings; the model is bound again on the other side.
@@ -283,7 +285,9 @@ def _held_by(thing: Any) -> Sequence[Any] | None:
     if wrapped is not None:
         return (wrapped,)
     if isinstance(thing, FunctionType):
-        return [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
+        named = (thing.__globals__.get(name) for name in thing.__code__.co_names)
+        held = [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
+        return held + [value for value in named if isinstance(value, nn.Module)]
     return None
 
 

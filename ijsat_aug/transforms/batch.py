@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -107,6 +108,15 @@ class BatchTransform(nn.Module):
         self.random = Randomness(generator)
         self.last: dict[str, Tensor] = {}
         self._seen: set[torch.device] = set()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module would take any module, and shadow the property with a submodule.
+        if isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} is not set: make another one; .bind(model) "
+                "sets the model."
+            )
+        super().__setattr__(name, value)
 
     @property
     def needs_model(self) -> bool:
@@ -318,6 +328,9 @@ class BatchTransform(nn.Module):
         twin = type(self).__new__(type(self))
         for name, value in vars(self).items():
             twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+        for name, part in self._modules.items():
+            if isinstance(part, BatchTransform):
+                twin._modules[name] = copy.copy(part)
         return twin
 
     def extra_repr(self) -> str:
@@ -384,7 +397,9 @@ def of_some(
     if len(index) == 0:
         return images.detach(), {}
     moved, facts = move(images[index], pick(labels, index, count), gradient[index])
-    return images.detach().index_copy(0, index, moved), spread(facts, index, count)
+    whole = images.detach().clone()  # index_copy would lose its memory format
+    whole[index] = moved
+    return whole, spread(facts, index, count)
 
 
 def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ __all__ = [
     "check_manifold",
     "check_one_weight",
     "check_place",
+    "check_space",
     "check_start",
     "check_weights",
     "find_flow",
@@ -126,6 +127,17 @@ def check_one_weight(draws: int, lam_steps: int) -> None:
         raise ValueError(
             "per_sample=False is one weight for the batch; draws and lam_steps choose one for "
             "each sample."
+        )
+
+
+def check_space(space: str, flow: object) -> None:
+    """A flow where images are mixed along it, and there alone."""
+    if space != "pixel" and flow is None:
+        raise ValueError(f"space={space!r} needs a flow.")
+    if space == "pixel" and flow is not None:
+        raise ValueError(
+            'the flow would do nothing in space="pixel": for moves along it (IJSAT) give '
+            'attack=JointSpaceAdv(model, flow), for blends along it space="latent".'
         )
 
 

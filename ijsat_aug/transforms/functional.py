@@ -14,7 +14,14 @@ from ..attack.model import Mode, Model, ModelHandle
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold
 from .blend import Space
-from .checks import check_flow, check_images, check_place, check_start, check_weights
+from .checks import (
+    check_flow,
+    check_images,
+    check_place,
+    check_space,
+    check_start,
+    check_weights,
+)
 from .climb import climb
 from .labels import as_target, soft_labels
 from .mixing import Mix, images_of, mix_batch
@@ -120,6 +127,8 @@ def joint_space_adv(
     scale.check(images, values=check_values)
     if labels is not None and not callable(objective):
         labels = as_target(labels, len(images), values=check_values)
+    if targeted and labels is None:
+        raise ValueError("targeted=True approaches the labels, and there are none.")
     if threat.moves_latent:
         check_flow(flow, images)
     check_start("pixel_start", pixel_start, images.shape)
@@ -226,6 +235,7 @@ def robust_mixup(
     scale.check(images, values=check_values)
     targets = soft_labels(labels, len(images), num_classes, values=check_values)
     weights = check_weights(lam, images, values=check_values)
+    check_space(space, flow)
     if space != "pixel":
         check_flow(flow, images)
     if model is None and (lam_steps or len(weights) > 1 or (attack is None and eps > 0)):

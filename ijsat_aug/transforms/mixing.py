@@ -17,6 +17,7 @@ from ..flows.manifold import Manifold
 from .blend import Blend, Space, blend, geometric_weight
 from .labels import check_logits
 from .scale import Scale
+from .threat import check_count
 
 __all__ = ["Attack", "Mix", "adversity", "images_of", "mix_batch"]
 
@@ -56,10 +57,7 @@ class Mix:
             if getattr(self, name) not in allowed:
                 choices = ", ".join(f'"{a}"' for a in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
-        if isinstance(self.lam_steps, bool) or not isinstance(self.lam_steps, int):
-            raise ValueError(f"lam_steps must be an integer >= 0, got {self.lam_steps!r}.")
-        if self.lam_steps < 0:
-            raise ValueError(f"lam_steps must be an integer >= 0, got {self.lam_steps}.")
+        check_count("lam_steps", self.lam_steps, 0)
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho is a distance of weights, from 0 to 1, got {self.rho!r}.")
         if self.lam_step_size is not None and not self.lam_step_size >= 0:

@@ -48,7 +48,7 @@ def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
         leaf = images.detach().requires_grad_(turn + 1 < times)
         yield parts.rebuild(leaf.clone() if leaf.requires_grad else leaf, labels)
         if turn + 1 < times:
-            images = transform.follow(calm, labels, _gradient(leaf))
+            images = transform.follow(calm, labels, _gradient(leaf)).as_subclass(type(calm))
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from os import PathLike
 from typing import Any, Literal, cast
 
@@ -19,12 +18,20 @@ from ..attack.objectives import Objective
 from ..flows.manifold import Manifold, on_device
 from .batch import BatchTransform, of_some
 from .blend import Space
-from .checks import check_blendable, check_flow, check_manifold, check_one_weight, find_flow
+from .checks import (
+    check_blendable,
+    check_flow,
+    check_manifold,
+    check_one_weight,
+    check_space,
+    find_flow,
+)
 from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
 from .scale import Scale
 from .structure import LabelsGetter, Parts, geometry_in
+from .threat import check_count
 
 __all__ = ["RobustMixup"]
 
@@ -135,17 +142,14 @@ class RobustMixup(BatchTransform):
         )  # fmt: skip
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise ValueError(f"draws must be an integer >= 1, got {draws!r}.")
-        integer = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
-        if num_classes is not None and not (integer and num_classes >= 2):
-            raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}.")
+        check_count("draws", draws, 1)
+        if num_classes is not None:
+            check_count("num_classes", num_classes, 2)
         self.mix = Mix(
             lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size,
             lam_objective=lam_objective, order=order, space=space, label=label,
         )  # fmt: skip
-        if space != "pixel" and flow is None:
-            raise ValueError(f"space={space!r} needs a flow.")
+        check_space(space, flow)
         self._flow = (find_flow(flow),)
         if space != "pixel":
             check_manifold(self._flow[0])
@@ -256,7 +260,8 @@ class RobustMixup(BatchTransform):
                 "they are in the batch; inside kornia, ijsat_aug.integrations.kornia."
                 'AugmentationSequential hands them over, with "class" among its data_keys.'
             )
-        return soft_labels(labels, len(images), self.num_classes, values=self.careful(images))
+        values = self.careful(images)
+        return soft_labels(labels, len(images), self.num_classes, values=values).detach()
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""

@@ -79,13 +79,13 @@ def _sequence(
     second = batch[1] if len(batch) > 1 and _like_labels(batch[1]) else None
     whole = make(list(batch))
     labels = found = second if getter == "default" else _get(getter, whole)
-    place = next((i for i, item in enumerate(batch) if i and item is labels), None)
+    places = [i for i, item in enumerate(batch) if i and item is labels and item is not None]
 
     def rebuild(images: Any, labels: Any) -> Any:
         items = [images, *batch[1:]]
-        if place is not None:
+        for place in places:
             items[place] = labels
-        else:
+        if not places:
             _check_unchanged(found, labels)
         return make(items)
 
@@ -95,17 +95,18 @@ def _sequence(
 def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
     image_key = _image_key(batch)
     if getter == "default":
-        label_key = _label_key(batch)
-        labels = found = None if label_key is None else batch[label_key]
+        key = _label_key(batch)
+        labels = found = None if key is None else batch[key]
     else:
+        key = getter if isinstance(getter, str) else None
         labels = found = _get(getter, batch)
-        label_key = next((k for k, v in batch.items() if v is labels and v is not None), None)
+    same = [k for k, v in batch.items() if v is labels and v is not None]
+    label_keys = same if key is None else [key]
 
     def rebuild(images: Any, labels: Any) -> Any:
         news = {image_key: images}
-        if label_key is not None:
-            news[label_key] = labels
-        else:
+        news |= dict.fromkeys(label_keys, labels)
+        if not label_keys:
             _check_unchanged(found, labels)
         try:
             new = copy.copy(batch)

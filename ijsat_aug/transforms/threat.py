@@ -10,7 +10,7 @@ from typing import Literal
 from ..attack.balls import BALLS, Norm
 from ..attack.objectives import OBJECTIVES, Objective
 
-__all__ = ["Method", "Threat", "Update"]
+__all__ = ["Method", "Threat", "Update", "check_count"]
 
 Update = Literal["joint", "alternating", "sequential"]
 Method = Literal["exact", "linear"]
@@ -91,9 +91,9 @@ class Threat:
                 'objective="kl" leaves the model\'s own prediction, whatever the labels are: '
                 'targeted=True needs another, such as "ce".'
             )
-        _check_count("steps", self.steps, 0)
+        check_count("steps", self.steps, 0)
         if self.tau is not None:
-            _check_count("tau", self.tau, 0)
+            check_count("tau", self.tau, 0)
             if self.best:
                 raise ValueError(
                     "best and tau exclude each other: keep the worst image, or stop at the first "
@@ -114,7 +114,7 @@ class Threat:
     def _check_latent_steps(self) -> None:
         if self.latent_steps is None:
             return
-        _check_count("latent_steps", self.latent_steps, 1)
+        check_count("latent_steps", self.latent_steps, 1)
         if self.latent_steps > self.steps:
             raise ValueError(
                 f"latent_steps={self.latent_steps} is more than steps={self.steps}; it says in how "
@@ -207,6 +207,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: int, least: int) -> None:
+    """A whole number, and not too small."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")

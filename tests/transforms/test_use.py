@@ -1,0 +1,134 @@
+"""What a transform is told, copied with, and finds behind a model: no surprise in silence."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import tv_tensors
+
+from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.functional import joint_space_adv, robust_mixup
+from ijsat_aug.transforms.replay import replay
+
+
+def test_a_model_or_an_attack_is_not_assigned(network) -> None:
+    attack = JointSpaceAdv(network, eta=0)
+    mix = RobustMixup(network, num_classes=10)
+    for transform, name, value in ((attack, "model", nn.Identity()), (mix, "attack", attack)):
+        with pytest.raises(AttributeError, match=r"bind\(model\) sets the model"):
+            setattr(transform, name, value)
+    assert attack.model is network
+    assert not attack.state_dict()
+    assert mix.attack is not attack
+
+
+def test_a_key_of_the_labels_is_the_one_that_gets_them(network, digits, labels) -> None:
+    x, y = digits[:6], labels[:6]
+    mix = RobustMixup(network, num_classes=10, labels_getter="labels")
+    out = mix({"image": x, "label": y, "labels": y})
+    assert out["labels"].shape == (6, 10)
+    assert out["label"] is y
+    both = RobustMixup(network, num_classes=10, labels_getter=lambda batch: batch[2])
+    _, one, two = both((x, y, y))
+    assert one is two
+    assert one.shape == (6, 10)
+
+
+_network = nn.Sequential(
+    nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+)
+
+
+def test_a_model_among_global_names_is_frozen(digits, labels) -> None:
+    before = _network[1].running_mean.clone()
+    _network.train()
+    JointSpaceAdv(lambda x: _network(x), eta=0)(digits[:6], labels[:6])
+    assert torch.equal(_network[1].running_mean, before)
+    assert _network.training
+    assert all(p.requires_grad and p.grad is None for p in _network.parameters())
+
+
+def test_a_flow_that_would_do_nothing_is_refused(network, flow, digits, labels) -> None:
+    with pytest.raises(ValueError, match=r"attack=JointSpaceAdv\(model, flow\)"):
+        RobustMixup(network, num_classes=10, flow=flow)
+    with pytest.raises(ValueError, match=r"attack=JointSpaceAdv\(model, flow\)"):
+        robust_mixup(digits[:6], labels[:6], network, lam=0.5, num_classes=10, flow=flow)
+
+
+def test_norms_of_another_precision_do_not_change_that_of_the_images(digits, labels) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3).bfloat16(), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(144, 10).bfloat16(),
+    )  # fmt: skip
+    x = digits[:6].bfloat16()
+    assert model(x).dtype == torch.bfloat16
+    moved, _ = JointSpaceAdv(model, eta=0)(x, labels[:6])
+    assert not torch.equal(moved, x)
+
+
+def test_images_of_float64_under_autocast(network, digits, labels) -> None:
+    x = digits[:6].double()
+    moved, _ = JointSpaceAdv(network, eta=0, amp_dtype=torch.bfloat16)(x, labels[:6])
+    assert moved.dtype == torch.float64
+    assert 0 < (moved - x).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8])
+def test_autocast_knows_three_precisions(dtype, network) -> None:
+    with pytest.raises(ValueError, match="amp_dtype must be float16, bfloat16, or"):
+        JointSpaceAdv(network, eta=0, amp_dtype=dtype)
+
+
+def test_modes_come_back_where_the_model_fails(digits, labels) -> None:
+    lazy = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LazyLinear(10)).train()
+    with pytest.raises(ValueError, match="Attempted to use an uninitialized parameter"):
+        JointSpaceAdv(lazy, eta=0)(digits[:6], labels[:6])
+    assert all(module.training for module in lazy.modules())
+
+
+def test_a_copy_shares_no_attack(network, digits, labels) -> None:
+    mix = RobustMixup(network, num_classes=10, eps=0.1)
+    twin = copy.copy(mix)
+    twin.eval()
+    twin.bind(nn.Identity())
+    mix(digits[:6], labels[:6])
+    assert "pixel_norm" in mix.last
+    assert mix.attack.model is network
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_is_shown_again_keeps_type_and_layout(fraction, network, labels) -> None:
+    x = torch.rand(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    attack = JointSpaceAdv(eta=0, fraction=fraction)
+    attack.calm(x, labels[:6])
+    moved = attack.follow(x, labels[:6], torch.randn_like(x))
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+    kinds = []
+    for image, _ in replay(attack, (tv_tensors.Image(x), labels[:6]), 2):
+        kinds.append(type(image))
+        if image.requires_grad:  # the last showing is followed by none
+            image.sum().backward()
+    assert kinds == [tv_tensors.Image] * 2
+
+
+def test_counts_may_be_numpys(network) -> None:
+    mix = RobustMixup(network, num_classes=np.int64(10), draws=np.int64(2), lam_steps=np.int64(1))
+    assert mix.draws == 2
+    with pytest.raises(ValueError, match="draws must be an integer >= 1"):
+        RobustMixup(network, num_classes=10, draws=True)
+
+
+def test_nothing_is_approached_without_labels(network, digits) -> None:
+    with pytest.raises(ValueError, match="targeted=True approaches the labels"):
+        joint_space_adv(digits[:6], None, network, eps=0.1, targeted=True)
+
+
+def test_labels_leave_without_a_graph(network, digits, labels) -> None:
+    soft = torch.rand(6, 10, requires_grad=True).softmax(1)
+    for p in (0.0, 1.0):
+        _, y = RobustMixup(network, p=p)(digits[:6], soft)
+        assert not y.requires_grad
