@@ -66,7 +66,8 @@ def run(
     before = None if against is None else Report.load(against)
     manifold = None if flow is None else load_flow(flow)
     network = load_model(model, weights)
-    data = _some(load_images(source, size=size, root=root, train=False), limit)
+    data = load_images(source, size=size, root=root, train=False)
+    data = _some(data, limit, first=corruption_files is not None)
     if data.labels is None:
         raise ValueError(
             f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
@@ -100,12 +101,16 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"there is no device {name!r} here ({first}): cpu is one.") from error
 
 
-def _some(data: ImageData, limit: int | None) -> ImageData:
-    """The first images; of a folder, which is sorted by class, evenly spaced ones."""
+def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
+    """The first images; of those that are sorted by class, as a folder, evenly spaced ones.
+
+    Files of corruptions hold the images in their order, of which they are the ``first``.
+    """
     count = len(data.images)
     if limit is None or limit >= count:
         return data
-    if data.classes is None:
+    by_class = data.labels is not None and bool((data.labels.diff() >= 0).all())
+    if data.classes is None and (first or not by_class):
         return data.take(torch.arange(limit))
     return data.take(torch.linspace(0, count - 1, limit).round().long())
 

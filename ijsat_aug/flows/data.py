@@ -127,7 +127,7 @@ def _from_array(path: Path) -> ImageData:
         label_name = next((n for n in ("labels", "y", "targets") if n in loaded.files), None)
         if label_name is not None:
             found = loaded[label_name]
-            if not np.issubdtype(found.dtype, np.integer):
+            if found.dtype.kind not in "iub":
                 raise TypeError(f"{path} holds labels of {found.dtype}; save class numbers.")
             labels = torch.from_numpy(found.astype(np.int64)).flatten()
             if len(labels) != len(images):

@@ -336,22 +336,18 @@ class BatchTransform(nn.Module):
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
         kind = type(self.model).__name__ if self.model is not None else None
-        shown: dict[str, Any] = {
-            "model": kind,
-            "p": self.p,
-            "mean": self.scale.mean,
-            "std": self.scale.std,
+        settings = {
+            "p": (self.p, 1.0),
+            "fraction": (self.fraction, 1.0),
+            "mode": (self.mode, "replace"),
+            "mean": (self.scale.mean, None),
+            "std": (self.scale.std, None),
+            "model_mode": (self.handle.mode, "eval"),
+            "amp_dtype": (self.handle.amp_dtype, None),
+            "memory_format": (self.handle.memory_format, None),
         }
-        shown |= {"model_mode": self.handle.mode, "amp_dtype": self.handle.amp_dtype}
-        usual: dict[str, Any] = {
-            "p": 1.0,
-            "mean": None,
-            "std": None,
-            "model_mode": "eval",
-            "amp_dtype": None,
-        }
-        kept = {k: v for k, v in shown.items() if k not in usual or v != usual[k]}
-        return ", ".join(f"{name}={value}" for name, value in kept.items())
+        changed = {name: value for name, (value, usual) in settings.items() if value != usual}
+        return ", ".join(f"{name}={value}" for name, value in ({"model": kind} | changed).items())
 
 
 def pick(labels: Any, index: Tensor, count: int) -> Any:

@@ -371,7 +371,9 @@ class RobustMixup(BatchTransform):
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
         usual = Mix()
-        shown = {"num_classes": self.num_classes, "alpha": self.alpha}
+        shown: dict[str, Any] = {"num_classes": self.num_classes, "alpha": self.alpha}
+        shown |= {} if self.draws == 1 else {"draws": self.draws}
+        shown |= {} if self.per_sample else {"per_sample": False}
         shown |= {n: v for n, v in vars(self.mix).items() if v != getattr(usual, n)}
         words = [f"{name}={value}" for name, value in shown.items()]
         return ", ".join([super().extra_repr(), *words])

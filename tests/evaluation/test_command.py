@@ -201,3 +201,14 @@ def test_mistakes_are_one_sentence(place) -> None:
         assert message in " ".join(result.output.split()), result.output
         assert "Traceback" not in result.output
     assert not (place / "x.json").exists()
+
+
+def test_a_few_of_sorted_images_are_of_every_class(place, digits, labels) -> None:
+    order = labels.argsort(stable=True)
+    images = (digits[order, 0] * 255).byte().numpy()
+    np.savez(place / "sorted.npz", images=images, labels=labels[order].numpy())
+    shared = ("--model", f"{place}/net.py:make", "--threats", "none", "--corruptions", "none")
+    told = ("--limit", 20, "--quiet", "--json", place / "few.json")
+    result = run(place / "sorted.npz", *shared, *told)
+    assert result.exit_code == 0, result.output
+    assert set(Report.load(place / "few.json").truth) == set(range(6))  # as many are shown

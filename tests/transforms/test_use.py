@@ -132,3 +132,15 @@ def test_labels_leave_without_a_graph(network, digits, labels) -> None:
     for p in (0.0, 1.0):
         _, y = RobustMixup(network, p=p)(digits[:6], soft)
         assert not y.requires_grad
+
+
+def test_presets_look_as_they_differ(network, flow) -> None:
+    fast, usual = (
+        repr(RobustMixup.preset(name, network, flow, num_classes=10))
+        for name in ("fast", "accuracy")
+    )
+    assert "fraction=0.5" in fast
+    assert "fraction" not in usual
+    told = repr(RobustMixup(network, num_classes=10, draws=3, mode="append"))
+    assert "draws=3" in told
+    assert "mode=append" in told
