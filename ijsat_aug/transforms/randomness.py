@@ -36,6 +36,10 @@ class Randomness:
         """Whether the global generators are used."""
         return self._seed is None and self._given is None
 
+    def again(self) -> Randomness:
+        """The same from its seed on; a generator that was given stays shared."""
+        return self if self._seed is None else Randomness(self._seed)
+
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """From [0, 1)."""
         generator, place = self._on(device)

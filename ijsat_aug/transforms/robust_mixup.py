@@ -170,6 +170,7 @@ class RobustMixup(BatchTransform):
             _check_attack(attack, own)
             if isinstance(attack, BatchTransform):
                 attack = copy.copy(attack)  # the caller's own stays as it is
+                attack.random = attack.random.again()
         # Only ours is a submodule: any other may hold the model itself.
         self.climb = attack if isinstance(attack, BatchTransform) else None
         self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)

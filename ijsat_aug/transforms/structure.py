@@ -79,7 +79,8 @@ def _sequence(
     second = batch[1] if len(batch) > 1 and _like_labels(batch[1]) else None
     whole = make(list(batch))
     labels = found = second if getter == "default" else _get(getter, whole)
-    places = [i for i, item in enumerate(batch) if i and item is labels and item is not None]
+    same = [i for i, item in enumerate(batch) if i and item is labels and item is not None]
+    places = same[:1] if getter == "default" else same
 
     def rebuild(images: Any, labels: Any) -> Any:
         items = [images, *batch[1:]]

@@ -144,3 +144,14 @@ def test_presets_look_as_they_differ(network, flow) -> None:
     told = repr(RobustMixup(network, num_classes=10, draws=3, mode="append"))
     assert "draws=3" in told
     assert "mode=append" in told
+
+
+def test_a_seeded_attack_draws_for_itself_in_a_mixup(network, digits, labels) -> None:
+    found = []
+    for disturbed in (False, True):
+        attack = JointSpaceAdv(network, eta=0, eps=0.1, generator=0)
+        mix = RobustMixup(network, num_classes=10, attack=attack, generator=1)
+        if disturbed:
+            attack(digits[:6], labels[:6])
+        found.append(mix(digits[:6], labels[:6])[0])
+    assert torch.equal(*found)
