@@ -381,5 +381,9 @@ def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:
 
 
 def _weights(flow: object) -> object:
+    """What tells a flow from others; of one at another size, the flow inside and how it is."""
     inner = getattr(flow, "flow", None)
-    return flow if isinstance(flow, torch.nn.Module) or inner is None else inner
+    if isinstance(flow, torch.nn.Module) or inner is None:
+        return flow
+    size, overlap = (getattr(flow, name, None) for name in ("size", "overlap"))
+    return type(flow).__qualname__, size, overlap, inner

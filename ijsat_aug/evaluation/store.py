@@ -107,7 +107,7 @@ def fingerprint(*things: Any) -> str:
     return summed.hexdigest()[:16]
 
 
-def _parts(thing: Any, name: str = "tensor") -> Iterator[bytes]:
+def _parts(thing: Any, name: str = "tensor", depth: int = 5) -> Iterator[bytes]:
     import torch
 
     if isinstance(thing, torch.Tensor):
@@ -123,5 +123,9 @@ def _parts(thing: Any, name: str = "tensor") -> Iterator[bytes]:
     elif isinstance(thing, tuple):
         for number, part in enumerate(thing):
             yield from _parts(part, str(number))
+    elif depth and repr(thing) == object.__repr__(thing) and hasattr(thing, "__dict__"):
+        yield type(thing).__qualname__.encode()  # not the repr, which is a place in memory
+        for key, value in vars(thing).items():
+            yield from _parts(value, key, depth - 1)
     else:
         yield (getattr(thing, "__qualname__", None) or repr(thing)).encode()

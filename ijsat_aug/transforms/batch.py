@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import EllipsisType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ class BatchTransform(nn.Module):
         (True, True)
     """
 
+    # Settings that are no attributes, and in which of them they are.
+    _lies_in: ClassVar[Mapping[str, str]] = {}
+
     def __init__(
         self,
         model: Model | None = None,
@@ -115,6 +118,12 @@ class BatchTransform(nn.Module):
             raise AttributeError(
                 f"{name} of a {type(self).__name__} is not set: make another one; .bind(model) "
                 "sets the model."
+            )
+        if name in self._lies_in:
+            place = self._lies_in[name]
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} lies in its .{place}: set .{place} to "
+                f"dataclasses.replace(.{place}, {name}=...)."
             )
         super().__setattr__(name, value)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -110,6 +110,8 @@ class JointSpaceAdv(BatchTransform):
         >>> adv
         JointSpaceAdv(model=Sequential, flow=1x8x8, eps=0.0157, eta=0.0464, steps=2)
     """
+
+    _lies_in: ClassVar = {field.name: "threat" for field in fields(Threat)}
 
     def __init__(
         self,

@@ -6,8 +6,9 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -100,6 +101,10 @@ class RobustMixup(BatchTransform):
         >>> sorted(ijsat.last)
         ['fallback', 'lam', 'latent_norm', 'loss', 'loss_start', 'pixel_norm']
     """
+
+    _lies_in: ClassVar = {field.name: "mix" for field in fields(Mix)} | {
+        name: "attack.threat" for name in _BUILT_IN if name != "random_start"
+    }
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation import Found, Threat, evaluate
 from ijsat_aug.evaluation.threats import select_threats
+from ijsat_aug.flows import Pyramid, Tiles
 from ijsat_aug.functional import joint_space_adv
 
 QUICK = ["linf=0.1@5", "om@3", "fog@3"]
@@ -238,6 +239,32 @@ def test_corruptions_of_two_channels_are_refused_before_the_work(labels) -> None
     model = nn.Sequential(nn.Flatten(), nn.Linear(128, 10))
     with pytest.raises(ValueError, match=r"1 or 3 channels, these have 2: .*corruptions=\(\)"):
         evaluate(model, torch.rand(9, 2, 8, 8), labels[:9], threats=["linf@2"])
+
+
+def test_an_own_manifold_goes_on_and_another_way_to_a_size_does_not(net, flow, tmp_path) -> None:
+    class Halved:
+        def __init__(self, factor: float) -> None:
+            self.flow_of_ours, self.factor = flow, factor
+            self.shape, self.latent_dim = flow.shape, flow.latent_dim
+
+        def encode(self, x: Tensor) -> Tensor:
+            return flow.encode(x) / self.factor
+
+        def decode(self, z: Tensor) -> Tensor:
+            return flow.decode(z * self.factor)
+
+    large = nn.Sequential(nn.AdaptiveAvgPool2d(8), net)
+    x, y = torch.rand(6, 1, 12, 12), torch.arange(6)
+    options = {"threats": ["om=0.1@1"], "corruptions": []}
+    for ours, again, other, model, images in (
+        (Halved(2), Halved(2), Halved(3), net, x[:, :, :8, :8]),
+        (Pyramid(flow, (12, 12)), Pyramid(flow, (12, 12)), Tiles(flow, (12, 12)), large, x),
+    ):
+        folder = tmp_path / type(ours).__name__
+        evaluate(model, images, y, flow=ours, folder=folder, **options)
+        evaluate(model, images, y, flow=again, folder=folder, **options)
+        with pytest.raises(ValueError, match="results of another flow"):
+            evaluate(model, images, y, flow=other, folder=folder, **options)
 
 
 def test_corruptions_of_other_files_are_others(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,3 +156,16 @@ def test_a_seeded_attack_draws_for_itself_in_a_mixup(network, digits, labels) ->
             attack(digits[:6], labels[:6])
         found.append(mix(digits[:6], labels[:6])[0])
     assert torch.equal(*found)
+
+
+def test_a_setting_that_would_stay_without_effect_is_not_assigned(network, digits, labels) -> None:
+    attack = JointSpaceAdv(network, eta=0, eps=0.01)
+    with pytest.raises(AttributeError, match=r"eps of a JointSpaceAdv lies in its \.threat"):
+        attack.eps = 0.3
+    attack.threat = replace(attack.threat, eps=0.3)  # as it says
+    assert (attack(digits[:6], labels[:6])[0] - digits[:6]).abs().max() > 0.2
+    mix = RobustMixup(network, num_classes=10)
+    for name, place in (("eps", "attack.threat"), ("lam_steps", "mix")):
+        with pytest.raises(AttributeError, match=rf"lies in its \.{place}"):
+            setattr(mix, name, 1)
+    mix.alpha = 0.2  # an attribute
