@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from ..transforms.batch import BatchTransform
 from ..transforms.replay import replay
+from ..transforms.settings import check_count
 
 __all__ = ["AugmentedLoader", "collate"]
 
@@ -172,9 +173,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("replay", "every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+            check_count(name, getattr(self, name), 1)
         if not (isinstance(self.epochs, (tuple, list)) and len(self.epochs) == 2):
             raise TypeError(f"epochs must be (first, end), got {self.epochs!r}.")
         first, end = self.epochs

@@ -30,7 +30,7 @@ from .labels import check_logits
 from .scale import Scale
 from .threat import Threat
 
-__all__ = ["Outcome", "climb", "climb_along"]
+__all__ = ["Outcome", "climb", "climb_along", "usable"]
 
 Model = Callable[[Tensor], Tensor]
 
@@ -65,8 +65,8 @@ def climb(
     if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
         return Outcome(images.detach(), {})
     with handle.frozen(images.device, seed):
-        images = _usable(images)
-        target = _usable(target) if isinstance(target, Tensor) else target
+        images = usable(images)
+        target = usable(target) if isinstance(target, Tensor) else target
         pixels = scale.to_pixels(images).clamp(0, 1)
         if handle.memory_format is not None:
             pixels = pixels.contiguous(memory_format=handle.memory_format)
@@ -102,9 +102,9 @@ def climb_along(
     if not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
         return Outcome(images.detach(), {})
     with torch.inference_mode(False), torch.enable_grad():
-        images = _usable(images)
+        images = usable(images)
         pixels = scale.to_pixels(images).clamp(0, 1)
-        slope = scale.to_pixel_gradient(_usable(gradient).to(pixels.dtype))
+        slope = scale.to_pixel_gradient(usable(gradient).to(pixels.dtype))
         picture, variables = _space(pixels, flow, threat, pixel_start, None)
         found = ascend(Landscape(picture, _itself, _along, slope), variables)
         return Outcome(_moved(images, pixels, found, scale), _moves(found, variables))
@@ -119,8 +119,15 @@ def _along(image: Tensor, slope: Tensor) -> Tensor:
     return (image * slope).flatten(1).sum(1)
 
 
-def _usable(tensor: Tensor) -> Tensor:
-    """Without graph, and fit for autograd: a tensor of inference mode is not."""
+def usable(tensor: Tensor) -> Tensor:
+    """Without graph, and fit for autograd: a tensor of inference mode is not.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     x = torch.zeros(2)
+        >>> x.is_inference(), usable(x).is_inference()
+        (True, False)
+    """
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 

@@ -15,9 +15,10 @@ from ..attack.model import ModelHandle
 from ..attack.objectives import Objective, cross_entropy
 from ..flows.manifold import Manifold
 from .blend import Blend, Space, blend, geometric_weight
+from .climb import usable
 from .labels import check_logits
 from .scale import Scale
-from .threat import check_count
+from .settings import check_choices, check_count, usual_step
 
 __all__ = ["Attack", "Mix", "adversity", "images_of", "mix_batch"]
 
@@ -53,10 +54,7 @@ class Mix:
     label: Literal["linear", "geometric"] = "linear"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(f'"{a}"' for a in allowed)
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        check_choices(self, _CHOICES)
         check_count("lam_steps", self.lam_steps, 0)
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho is a distance of weights, from 0 to 1, got {self.rho!r}.")
@@ -74,7 +72,7 @@ class Mix:
         """Step size of the weight."""
         if self.lam_step_size is not None:
             return self.lam_step_size
-        return min(1.25, 2.5 / max(self.lam_steps, 1)) * self.rho
+        return usual_step(self.lam_steps) * self.rho
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -115,8 +113,7 @@ def mix_batch(
     if mix.order == "attack-mix" and attack is not None:
         images = attack(images, targets)
     with torch.inference_mode(False), torch.no_grad():
-        images, targets, lam = (t.clone() if t.is_inference() else t.detach()
-                                for t in (images, targets, lam))  # fmt: skip
+        images, targets, lam = (usable(t) for t in (images, targets, lam))
         pixels = scale.to_pixels(images)
         draws = lam[None] if lam.ndim == 1 else lam
         draws = draws[:, :, None, None, None].to(pixels.dtype)

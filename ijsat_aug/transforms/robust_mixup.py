@@ -31,8 +31,8 @@ from .joint_space import JointSpaceAdv
 from .labels import soft_labels
 from .mixing import Attack, Mix, images_of, mix_batch
 from .scale import Scale
+from .settings import check_count
 from .structure import LabelsGetter, Parts, geometry_in
-from .threat import check_count
 
 __all__ = ["RobustMixup"]
 

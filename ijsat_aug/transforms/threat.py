@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal
 
 from ..attack.balls import BALLS, Norm
 from ..attack.objectives import OBJECTIVES, Objective
+from .settings import check_choices, check_count, usual_step
 
-__all__ = ["Method", "Threat", "Update", "check_count"]
+__all__ = ["Method", "Threat", "Update"]
 
 Update = Literal["joint", "alternating", "sequential"]
 Method = Literal["exact", "linear"]
@@ -76,10 +77,7 @@ class Threat:
                 f"eps={self.eps} is wider than the whole range of pixels; it counts in [0, 1], so "
                 f"write {self.eps:g}/255 if you meant 8-bit levels."
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(f'"{a}"' for a in allowed)
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        check_choices(self, _CHOICES)
         if not callable(self.objective) and self.objective not in OBJECTIVES:
             choices = ", ".join(f'"{name}"' for name in OBJECTIVES)
             raise ValueError(
@@ -171,14 +169,15 @@ class Threat:
     @property
     def pixel_step(self) -> float:
         """Step size of ``delta``."""
-        return self._share() * self.eps if self.step_size is None else self.step_size
+        moves = sum(self.pixel_moves)
+        return usual_step(moves) * self.eps if self.step_size is None else self.step_size
 
     @property
     def latent_step(self) -> float:
         """Step size of ``lambda``."""
         if self.latent_step_size is not None:
             return self.latent_step_size
-        return self._share(sum(self.latent_moves)) * self.eta
+        return usual_step(sum(self.latent_moves)) * self.eta
 
     @property
     def losses(self) -> Objective:
@@ -194,10 +193,6 @@ class Threat:
             return self.steps
         return math.ceil(self.steps / 2)
 
-    def _share(self, moves: int | None = None) -> float:
-        moves = sum(self.pixel_moves) if moves is None else moves
-        return min(1.25, 2.5 / max(moves, 1))
-
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": tuple(BALLS),
@@ -205,9 +200,3 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "update": ("joint", "alternating", "sequential"),
     "method": ("exact", "linear"),
 }
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """A whole number, and not too small."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
