@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .balls import at_full_size
 
-__all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "logits_of", "unwrap"]
+__all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "in_full", "logits_of", "unwrap"]
 
 Mode = Literal["eval", "train"]
 Route = Literal["clean", "auxiliary"]
@@ -113,7 +113,7 @@ class ModelHandle:
         assert self.model is not None
         logits = logits_of(self.model(images))
         half = torch.float16 in (low, logits.dtype)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = in_full(logits)
         if half and logits.requires_grad:
             # In float16 the gradient of a sample that the model is sure of would vanish on its way
             # to the image. A direction is all that attacks want.
@@ -246,6 +246,16 @@ def logits_of(output: Any) -> Tensor:
         f"the model returned {type(output).__name__}; it must return logits as a tensor, first in "
         'a tuple, under the key "logits", or as the attribute .logits.'
     )
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """In float32 at least.
+
+    Example:
+        >>> in_full(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _parts(model: Any) -> Iterable[nn.Module]:

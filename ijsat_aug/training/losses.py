@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attack.model import in_full
 from ..transforms.labels import as_target
 
 __all__ = ["IATLoss", "MARTLoss", "TRADESLoss"]
@@ -37,7 +37,7 @@ class TRADESLoss(nn.Module):
         target = as_target(target, len(clean), values=False)
         log_p, log_q = _log_softmax(clean, adversarial)
         divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return F.cross_entropy(_full(clean), target) + self.beta * divergence
+        return F.cross_entropy(in_full(clean), target) + self.beta * divergence
 
 
 class MARTLoss(nn.Module):
@@ -105,7 +105,7 @@ class IATLoss(nn.Module):
         share = self.adversarial_share
         pairs = ((clean, clean_target), (adversarial, adversarial_target))
         one, two = (
-            F.cross_entropy(_full(logits), as_target(target, len(logits), values=False))
+            F.cross_entropy(in_full(logits), as_target(target, len(logits), values=False))
             for logits, target in pairs
         )
         return (1 - share) * one + share * two
@@ -118,9 +118,4 @@ def _log_softmax(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
             f"clean and adversarial are logits of the same samples, got {tuple(clean.shape)} and "
             f"{tuple(adversarial.shape)}."
         )
-    return _full(clean).log_softmax(1), _full(adversarial).log_softmax(1)
-
-
-def _full(logits: Tensor) -> Tensor:
-    """In float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return in_full(clean).log_softmax(1), in_full(adversarial).log_softmax(1)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attack.model import in_full
+
 __all__ = ["as_target", "check_logits", "soft_labels"]
 
 # Of torchvision, by name: it need not be imported.
@@ -43,7 +45,7 @@ def as_target(labels: Tensor, count: int, *, values: bool, others: str = _OBJECT
             raise ValueError(
                 f"floating labels must be probabilities: rows >= 0 that sum to 1; {others}"
             )
-        return labels if labels.dtype == torch.float64 else labels.float()
+        return in_full(labels)
     if labels.ndim != 1:
         raise ValueError(
             f"integer labels must have shape ({count},), got {tuple(labels.shape)}; squeeze them, "

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..attack.model import in_full
+
 __all__ = ["Scale"]
 
 # Un-normalising leaves [0, 1] by rounding, that of the batch's own precision where it is low;
@@ -87,7 +89,7 @@ class Scale:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """The batch in [0, 1]; float32 at least."""
-        images = images if images.dtype == torch.float64 else images.float()
+        images = in_full(images)
         if self.mean is None:
             return images
         mean, std = self._tensors(images)
