@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -236,10 +237,10 @@ def lowdata_table(rows: Container[str] | None = None) -> str:
 _FEW = ("plain", "CutMix", "mixup", "mixup + latent step, second half")
 
 
-def augmentations_table(name: str) -> str:
+def augmentations_table() -> str:
     """Accuracy with every augmentation and few labels, on a GPU."""
     rivals = {"plain": "plain", "mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
-    return _study(load(name), ">labels", rivals)
+    return _study(load("lowdata-cifar10-gpu"), ">labels", rivals)
 
 
 def fashion_table(name: str) -> str:
@@ -308,22 +309,33 @@ def _study(
             taken = [str(len(row["seeds"])), str(row["steps"]), *ratios]
             body.append([title, name, _interval(row["accuracy"]), *cells, *taken])
     cost = "Passes: images through the network, the attack's too; they and time against plain."
-    return markdown(head, body, f"{_note(result, told)} {cost}")
+    shown = [one for one in result["runs"] if rows is None or one["row"] in rows]
+    return markdown(head, body, f"{_note({**result, 'runs': shown}, told)} {cost}")
 
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:
+    usual, others = _machines_of(result)
     graphs = "each step a CUDA graph, its time that of the step alone"
-    how = graphs if _on_gpu(result) else "one thread"
+    how = graphs if _on_gpu(usual) else "one thread"
     chosen = "of the validation images that chose the setting" if result["seed"] == [100] else ""
     return (
         f"{'Accuracy' if chosen else 'Test accuracy'} in % {chosen or 'of the last epoch'}{told}, "
         "means with their 95 % intervals; differences are paired by seed. "
-        f"{result['hardware']}, {how}, {result['date']}."
+        f"{usual}, {how}{others}, {result['date']}."
     )
 
 
-def _on_gpu(facts: Mapping[str, Any]) -> bool:
-    return "NVIDIA" in facts["hardware"]
+def _machines_of(result: Mapping[str, Any]) -> tuple[str, str]:
+    """The machine that made most runs of a study, and how many the others made."""
+    runs = result["runs"]
+    counts = Counter(one.get("hardware", result["hardware"]) for one in runs)
+    (usual, _), *others = counts.most_common()
+    told = (f" ({count} of the {len(runs)} trainings: {name})" for name, count in others)
+    return usual, "".join(told)
+
+
+def _on_gpu(hardware: str) -> bool:
+    return "NVIDIA" in hardware
 
 
 def _interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
@@ -370,7 +382,7 @@ def training_tables() -> str:
             epochs = ["" if one is None else f"{one:.1f}" for one in left]
             rows.append([f"AutoAttack L∞, {name} epoch", "4/255", *epochs])
         trainings = [result["trainings"][row] for row in tables]
-        if _on_gpu(trainings[0]):  # on a CPU other work beside it counts too
+        if _on_gpu(trainings[0]["hardware"]):  # on a CPU other work beside it counts too
             times = [_times(one, trainings[0]) for one in trainings]
             rows.append(["time of the training", "", *times])
         found.append(markdown(head, rows))
@@ -424,8 +436,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "strength": strength_table,
     },
     "docs/studies.md": {
-        "augmentations": partial(augmentations_table, "lowdata-cifar10-gpu"),
-        "augmentations-2500": partial(augmentations_table, "lowdata-cifar10-2500-gpu"),
+        "augmentations": augmentations_table,
         "corruptions": corruptions_table,
         "corruptions-gpu": partial(corruptions_table, "finetune-cifar10-gpu"),
         "corruptions-tuning": partial(corruptions_table, "finetune-tuning-gpu"),
