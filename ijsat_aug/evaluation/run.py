@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..attack.model import Model
 from ..flows.manifold import Manifold
+from ..flows.pyramid import Pyramid, Tiles
 from ..models import first_logits
 from ..transforms.checks import check_images
 from ..transforms.labels import as_target, check_logits
@@ -382,8 +383,6 @@ def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:
 
 def _weights(flow: object) -> object:
     """What tells a flow from others; of one at another size, the flow inside and how it is."""
-    inner = getattr(flow, "flow", None)
-    if isinstance(flow, torch.nn.Module) or inner is None:
-        return flow
-    size, overlap = (getattr(flow, name, None) for name in ("size", "overlap"))
-    return type(flow).__qualname__, size, overlap, inner
+    if isinstance(flow, Pyramid | Tiles):
+        return type(flow).__name__, flow.size, getattr(flow, "overlap", None), flow.flow
+    return flow

@@ -244,7 +244,7 @@ def test_corruptions_of_two_channels_are_refused_before_the_work(labels) -> None
 def test_an_own_manifold_goes_on_and_another_way_to_a_size_does_not(net, flow, tmp_path) -> None:
     class Halved:
         def __init__(self, factor: float) -> None:
-            self.flow_of_ours, self.factor = flow, factor
+            self.flow, self.factor = flow, factor
             self.shape, self.latent_dim = flow.shape, flow.latent_dim
 
         def encode(self, x: Tensor) -> Tensor:
