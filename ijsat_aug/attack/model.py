@@ -100,7 +100,8 @@ class ModelHandle:
         )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits in float32 at least, whatever the model computes in."""
+        """Logits in float32 at least, whatever the model computes in and does to its input."""
+        given = images
         if self.memory_format is not None:
             images = images.contiguous(memory_format=self.memory_format)
         device = images.device.type
@@ -110,6 +111,8 @@ class ModelHandle:
             images = images.float() if images.dtype == torch.float64 else images  # not cast by it
         else:
             images = images.to(self._dtype(images.dtype))
+        if images is given:
+            images = images.clone()  # some models change their input
         assert self.model is not None
         logits = logits_of(self.model(images))
         half = torch.float16 in (low, logits.dtype)

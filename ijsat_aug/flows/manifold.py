@@ -108,7 +108,7 @@ def on_device(manifold: Manifold, device: torch.device) -> Manifold:
     return manifold if move is None else move(device)
 
 
-def needs_labels(manifold: Manifold | None) -> bool:
+def needs_labels(manifold: object) -> bool:
     """Whether it is another one for every class, which its method ``of_labels`` gives.
 
     Example:

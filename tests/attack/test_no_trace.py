@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ijsat_aug import JointSpaceAdv
+from ijsat_aug import JointSpaceAdv, RobustMixup
 
 VARIANTS = {
     "pixel": {"eta": 0, "steps": 2},
@@ -411,6 +411,42 @@ def test_models_of_mixed_precision_get_the_batch_as_it_is(network, digits, label
 
     out, _ = JointSpaceAdv(Tempered(), eta=0)(digits[:8], labels[:8])
     assert not torch.equal(out, digits[:8])
+
+
+class Shifted(nn.Module):
+    """A network behind a normalisation, which may work in place, as torchvision's own can."""
+
+    def __init__(self, net: nn.Module, inplace: bool) -> None:
+        super().__init__()
+        self.net, self.inplace = net, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5) if self.inplace else x - 0.5)
+
+
+def test_a_model_may_change_its_input(network, options, digits, labels, flow) -> None:
+    x = digits[:8].clone()
+    plain, inside = (
+        JointSpaceAdv(Shifted(network, inplace), flow, **options)(x, labels[:8])[0]
+        for inplace in (False, True)
+    )
+    assert torch.equal(plain, inside)
+    assert not torch.equal(plain, x)
+    assert torch.equal(x, digits[:8])
+
+
+@pytest.mark.parametrize("options", [{}, {"lam_steps": 2, "rho": 0.3}, {"draws": 3}], ids=str)
+def test_a_model_may_change_blends(options, network, digits, labels) -> None:
+    x = digits[:8].clone()
+    plain, inside = (
+        RobustMixup(Shifted(network, inplace), num_classes=10, generator=0, **options)(
+            x, labels[:8]
+        )
+        for inplace in (False, True)
+    )
+    assert torch.equal(plain[0], inside[0])
+    assert torch.equal(plain[1], inside[1])
+    assert torch.equal(x, digits[:8])
 
 
 def test_any_callable_is_a_model(network, digits, labels) -> None:

@@ -147,6 +147,8 @@ def test_a_conditional_flow_gets_the_labels_of_the_batch(net, digits, labels) ->
     assert torch.allclose(some[moved], out[moved], atol=1e-5)
     mix = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, manifold, eta=0.1))
     assert mix(x, y)[1].shape == (30, 10)
+    with pytest.raises(ValueError, match="no latents between two images"):
+        RobustMixup(net, num_classes=10, space="latent", flow=manifold)
     with pytest.raises(ValueError, match="the flow needs the labels of the batch, which has none"):
         JointSpaceAdv(net, manifold, **options)(x)
     with pytest.raises(ValueError, match=r"give the batch's context, \.given\("):
