@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import ResNet18_Weights, resnet18
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_torchvision.py"
 # Three steps an epoch; where bfloat16 is emulated a ResNet-18 would take half an hour.
 QUICK = (
-    "--model", "shufflenet_v2_x0_5", "--size", "16", "--batch-size", "512", "--workers", "0",
+    "--model", "shufflenet_v2_x0_5", "--batch-size", "512", "--workers", "0",
 )  # fmt: skip
 COUNTER = "conv1.1.num_batches_tracked"
 
@@ -29,6 +30,17 @@ def run_python(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done
+
+
+def pictures(folder: Path, parts: dict[str, int]) -> None:
+    """So many pictures of noise of each of three classes."""
+    for part, count in parts.items():
+        for i in range(count):
+            for kind in ("cat", "dog", "owl"):
+                path = folder / part / kind / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noise = torch.randint(256, (70, 80, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(noise).save(path)
 
 
 def checkpoint(folder: Path) -> dict[str, object]:
@@ -53,8 +65,8 @@ def run_here(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) 
 @pytest.mark.slow
 def test_the_one_line_and_without_it(tmp_path, monkeypatch, capsys) -> None:
     lines = SCRIPT.read_text().splitlines(keepends=True)
-    ours = [line for line in lines if "ijsat_aug" in line or "AugmentedLoader" in line]
-    assert len(ours) == 2  # an import and the line
+    ours = [line for line in lines if "RobustMixup" in line or "AugmentedLoader" in line]
+    assert len(ours) == 4  # an import, the transform, the line, and where it begins
     assert ours[0] == "from ijsat_aug import AugmentedLoader, RobustMixup\n"
     without = tmp_path / "without.py"
     without.write_text("".join(line for line in lines if line not in ours))
@@ -99,20 +111,38 @@ def test_the_script_under_torchrun(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_script_on_folders_of_larger_images(tmp_path) -> None:
-    """At 64 pixels no flow fits, and RobustMixup needs none; the last batch is odd."""
-    for part, count in (("train", 13), ("val", 5)):
-        for i in range(count):
-            for kind in ("cat", "dog", "owl"):
-                path = tmp_path / part / kind / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                noise = torch.randint(256, (70, 80, 3), dtype=torch.uint8).numpy()
-                Image.fromarray(noise).save(path)
+    """At 64 pixels no flow fits, and its manifold moves the low band; the last batch is odd."""
+    pictures(tmp_path, {"train": 13, "val": 5})
     done = run_python(
         SCRIPT, "--data-path", tmp_path, "--size", 64, "--epochs", 1, "--batch-size", 12,
         "--workers", 1, "--out", tmp_path / "run", cwd=tmp_path,
     )  # fmt: skip
     assert "epoch 1/1 · 4 steps" in done.stdout  # 39 images: 12, 12, 12, 3
     assert checkpoint(tmp_path / "run")["model"]["fc.bias"].shape == (3,)
+
+
+@pytest.mark.slow
+def test_a_network_is_fine_tuned_on_digits(tmp_path, monkeypatch, capsys) -> None:
+    run_here(ROOT / "examples" / "finetune.py", monkeypatch, "--repeats", 1)
+    scores, gain = capsys.readouterr().out.splitlines()
+    plain, ours = map(float, re.findall(r"([\d.]+) %", scores))
+    assert min(plain, ours) > 70
+    assert gain == f"{ours - plain:+.1f} points on average"
+
+
+@pytest.mark.slow
+def test_a_network_of_torchvision_is_fine_tuned(tmp_path, monkeypatch, capsys) -> None:
+    """Its weights lie where torch keeps what it has fetched: the code that fetches is theirs."""
+    kept = tmp_path / "hub" / "checkpoints" / Path(ResNet18_Weights.DEFAULT.url).name
+    kept.parent.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), kept)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    pictures(tmp_path / "data", {"train": 6, "val": 3})
+    run_here(
+        ROOT / "examples" / "finetune.py", monkeypatch, "--data-path", tmp_path / "data",
+        "--size", 32, "--epochs", 1,
+    )  # fmt: skip
+    assert len(re.findall(r"[\d.]+ %", capsys.readouterr().out)) == 2
 
 
 @pytest.mark.slow
