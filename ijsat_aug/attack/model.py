@@ -91,6 +91,7 @@ class ModelHandle:
         self.amp_dtype = amp_dtype
         self.memory_format = memory_format
         self.route = route
+        self._writes: bool | None = None  # whether it changes its input; the first call tells
 
     def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
         """A handle on another model, with the same settings but for ``route``."""
@@ -111,10 +112,18 @@ class ModelHandle:
             images = images.float() if images.dtype == torch.float64 else images  # not cast by it
         else:
             images = images.to(self._dtype(images.dtype))
-        if images is given:
-            images = images.clone()  # some models change their input
+        if images is given and (self._writes is not False or images.is_inference()):
+            images = images.clone()
+        version = _version_of(images)
         assert self.model is not None
         logits = logits_of(self.model(images))
+        changed = _version_of(images) != version
+        if changed and images is given:
+            raise ValueError(
+                "the model changed its input in place, which it had not done before: let it work "
+                "on a copy, as in x = x - mean instead of x.sub_(mean)."
+            )
+        self._writes = self._writes or changed
         half = torch.float16 in (low, logits.dtype)
         logits = in_full(logits)
         if half and logits.requires_grad:
@@ -249,6 +258,11 @@ def logits_of(output: Any) -> Tensor:
         f"the model returned {type(output).__name__}; it must return logits as a tensor, first in "
         'a tuple, under the key "logits", or as the attribute .logits.'
     )
+
+
+def _version_of(tensor: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def in_full(tensor: Tensor) -> Tensor:

@@ -435,6 +435,15 @@ def test_a_model_may_change_its_input(network, options, digits, labels, flow) ->
     assert torch.equal(x, digits[:8])
 
 
+def test_a_model_that_changes_its_input_now_and_then_is_told(network, digits, labels) -> None:
+    shifted = Shifted(network, inplace=False)
+    attack = JointSpaceAdv(shifted, "digits")
+    attack(digits[:8], labels[:8])
+    shifted.inplace = True
+    with pytest.raises(ValueError, match="changed its input in place, which it had not done"):
+        attack(digits[:8], labels[:8])
+
+
 @pytest.mark.parametrize("options", [{}, {"lam_steps": 2, "rho": 0.3}, {"draws": 3}], ids=str)
 def test_a_model_may_change_blends(options, network, digits, labels) -> None:
     x = digits[:8].clone()
