@@ -17,9 +17,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_torchvision.py"
 # Three steps an epoch; where bfloat16 is emulated a ResNet-18 would take half an hour.
-QUICK = (
-    "--model", "shufflenet_v2_x0_5", "--batch-size", "512", "--workers", "0",
-)  # fmt: skip
+QUICK = ("--model", "shufflenet_v2_x0_5", "--batch-size", "512", "--workers", "0")
 COUNTER = "conv1.1.num_batches_tracked"
 
 
