@@ -242,16 +242,18 @@ class Tiles(_Resized):
 
     def _blending(self, tiles: Tensor) -> Tensor:
         """Weights of every tile ``(T, 1, H, W)``: high in its middle; they sum to 1 everywhere."""
-        if self._weights is None or self._weights.device != tiles.device:
+        kept = self._weights
+        if kept is None or (kept.device, kept.dtype) != (tiles.device, tiles.dtype):
             height, width = self.flow.shape[1:]
             with torch.inference_mode(False):
                 hat = _hat(height)[:, None] * _hat(width)
-                total = torch.zeros(self.size)
+                total = hat.new_zeros(self.size)
                 for i, j in self.places:
                     total[i : i + height, j : j + width] += hat
                 shares = [hat / total[i : i + height, j : j + width] for i, j in self.places]
-                self._weights = torch.stack(shares)[:, None].to(tiles.device)
-        return self._weights.to(tiles.dtype)
+                kept = torch.stack(shares)[:, None].to(tiles.device, tiles.dtype)
+            self._weights = kept
+        return kept
 
 
 def _checked(size: tuple[int, int]) -> tuple[int, int]:
@@ -283,4 +285,4 @@ def _places(length: int, tile: int, overlap: int) -> list[int]:
 
 def _hat(length: int) -> Tensor:
     middle = (length - 1) / 2
-    return (length + 1) / 2 - (torch.arange(length) - middle).abs()
+    return (length + 1) / 2 - (torch.arange(length, dtype=torch.float64) - middle).abs()

@@ -70,6 +70,24 @@ def test_tiles_are_the_image(size, overlap, flow, photographs) -> None:
     assert all(b - a <= 8 - tiles.overlap for a, b in pairwise(rows))
 
 
+def test_tiles_of_a_manifold_in_float64_are_as_exact() -> None:
+    class Itself:
+        shape, latent_dim = (1, 8, 8), 64
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z.reshape(-1, 1, 8, 8)
+
+    tiles = Tiles(Itself(), (20, 13))
+    for dtype, error in ((torch.float32, 1e-6), (torch.float64, 1e-14), (torch.float32, 1e-6)):
+        x = torch.rand(2, 1, 20, 13, dtype=dtype)
+        decoded = tiles.decode(tiles.encode(x))
+        assert decoded.dtype == dtype
+        assert torch.allclose(decoded, x, rtol=0, atol=error)
+
+
 def test_the_tape_gives_the_gradient_of_decode(flow, photographs) -> None:
     x = pictures(photographs, (20, 13))
     pyramid = Pyramid(flow, (20, 13))
