@@ -81,7 +81,8 @@ class ModelHandle:
                 f"memory_format must be torch.channels_last or contiguous_format, got "
                 f"{memory_format!r}."
             )
-        self.model: Model | None = None if model is None else unwrap(model)
+        self._model: Model | None = None if model is None else unwrap(model)
+        self._copies: dict[int, Any] = {}  # what a deepcopy of this makes, by the original's id
         if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in _parts(self.model)):
             raise ValueError(
                 "the model holds a DistributedDataParallel or DataParallel module inside, whose "
@@ -92,6 +93,13 @@ class ModelHandle:
         self.memory_format = memory_format
         self.route = route
         self._writes: bool | None = None  # whether it changes its input; the first call tells
+
+    @property
+    def model(self) -> Model | None:
+        """The model; of a copy of this its copy, where something was copied that holds both."""
+        if self._copies:
+            self._model, self._copies = self._copies.get(id(self._model), self._model), {}
+        return self._model
 
     def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
         """A handle on another model, with the same settings but for ``route``."""
@@ -189,9 +197,11 @@ class ModelHandle:
         return _without_model, (self.mode, self.amp_dtype, self.memory_format, self.route)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
-        # The model is shared, unless it is copied beside this: a module may hold both.
-        twin = memo.get(id(self.model))
-        return self if twin is None else self.to(twin)
+        # The model is shared, unless it is copied beside this, before or after: a module may hold
+        # both. Which of them, the memo tells when the copy is first used.
+        twin = self.to(self.model)
+        twin._copies = memo
+        return twin
 
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:

@@ -213,18 +213,17 @@ def test_a_model_can_come_later(network, digits, labels) -> None:
     adv(digits[:2], labels[:2])
 
 
-def test_who_is_copied_with_the_model_attacks_the_copy(network, digits, labels) -> None:
-    class Lit(nn.Module):  # as in the recipe for Lightning
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network
-            self.augment = RobustMixup(network, num_classes=10)
-
-    one = Lit()
-    two = copy.deepcopy(one)
-    assert two.augment.model is two.net is not network
-    assert two.augment.attack.model is two.net
-    assert one.augment.model is copy.deepcopy(one.augment).model is network
+@pytest.mark.parametrize("order", [("net", "augment"), ("augment", "net")])
+def test_who_is_copied_with_the_model_attacks_the_copy(order, network) -> None:
+    """In whatever order a module got them."""
+    parts = {"net": network, "augment": RobustMixup(network, num_classes=10)}
+    one = nn.ModuleDict({name: parts[name] for name in order})
+    first, second = copy.deepcopy(one), copy.deepcopy(one)
+    third = copy.deepcopy(first)
+    assert len({twin["net"] for twin in (one, first, second, third)}) == 4
+    for twin in (third, second, first, one):
+        assert twin["augment"].model is twin["augment"].attack.model is twin["net"]
+    assert copy.deepcopy(one["augment"]).model is network
 
 
 @pytest.mark.parametrize(
