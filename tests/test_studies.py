@@ -175,10 +175,11 @@ def test_every_row_can_be_trained_for_as_long_as_each_of_ours() -> None:
 
 
 def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
-    save_weights(cifar_resnet18(width=16).state_dict(), tmp_path / "base-transfer.safetensors")
+    transfer = SETTINGS["transfer"]
+    weights = tmp_path / f"base-{transfer.base}.safetensors"
+    save_weights(cifar_resnet18(width=16).state_dict(), weights)
     study = FineTuning(tmp_path, load_flow("digits"))
     parts = Parts(digits, digits, digits, digits)
-    transfer = SETTINGS["transfer"]
     drawn = [(study.base(transfer, parts, seed)[-1].weight, torch.rand(5)) for seed in (0, 0, 1)]
     for first, again, other in zip(*drawn, strict=True):
         assert torch.equal(first, again)
@@ -195,15 +196,17 @@ def test_every_row_names_a_file() -> None:
 @pytest.mark.data
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Path) -> None:
-    study = FineTuning(tmp_path, load_flow("digits"))
+    study, asked = FineTuning(tmp_path, load_flow("digits")), SETTINGS[setting]
     chosen, final = (study.parts_of(Run("plain", "plain", setting, s)) for s in (TUNING, 0))
-    assert torch.equal(chosen.tested[0], chosen.validation[0])
-    assert SETTINGS[setting].base == setting.partition(",")[0]  # which is the same
-    assert len(final.learnt[1]) == (SETTINGS[setting].images or 500)
-    assert len(final.tested[1]) == (5_000 if setting == "transfer" else 10_000)
-    shown = {bytes(image.numpy()) for image in final.learnt[0]}
-    assert not shown & {bytes(image.numpy()) for image in final.validation[0]}
-    assert not shown & {bytes(image.numpy()) for image in final.tested[0]}
+    assert len(final.learnt[1]) == (asked.images or 5 * asked.each)
+    assert len(final.tested[1]) == (5_000 if asked.transfers else 10_000)
+    of_test = {bytes(image.numpy()) for image in study.data(train=False)[0]}
+    for parts in (chosen, final):
+        shown = {bytes(image.numpy()) for image in parts.learnt[0]}
+        assert not shown & {bytes(image.numpy()) for image in parts.validation[0]}
+        tested = {bytes(image.numpy()) for image in parts.tested[0]}
+        assert not shown & tested
+        assert of_test.isdisjoint(tested) if parts is chosen else of_test >= tested
 
 
 @pytest.mark.parametrize("row", TRAININGS)

@@ -5,16 +5,19 @@ Run:  IJSAT_DATA=... python benchmarks/accuracy/finetune.py
 A ResNet-18 of a quarter of the width is trained plainly on training images of CIFAR-10, and then
 some epochs more with each augmentation: four on 48,000 images, ten or twenty on 10,000.
 ``transfer``: it is trained on the 24,000 of five classes, and then, with a new last layer, on 500
-images of the five others. The 2,000 training images left out choose the best epoch and, in place
-of the test split with seed 100, the settings; the test split is read at the end alone. The base is
-one network for all seeds, which draw the order, the crops and the augmentations (and, in
-``transfer``, the images). The rows "for as long as ..." have the processor time of the row they
-name. Every network is kept beside its run, and ``--corruptions`` measures each on the 15
-corruptions of 2,000 test images, or of 500 that validate. ``--record finetune-cifar10`` writes what
-is there, and with ``--seeds 100`` ``--record finetune-tuning`` what chose the settings.
+images of the five others. ``few``: the same with a base of five epochs, and 100 images for half as
+many steps. The 2,000 training images left out choose the best epoch and, in place of the test split
+with seeds from 100 on, the settings (of new classes, 5,000 that nothing was learnt from); the test
+split is read at the end alone. The base is one network for all seeds, which draw the order, the
+crops and the augmentations (and, of new classes, the images). The rows "for as long as ..." have
+the processor time of the row they name. Every network is kept beside its run, and ``--corruptions``
+measures each on the 15 corruptions of 2,000 test images, or of 500 that validate. ``--record
+finetune-cifar10`` writes what is there, and with ``--seeds 100`` ``--record finetune-tuning`` what
+chose the settings.
 
 On a GPU the rows are trained side by side, as ``together.py`` says, and each network sees the
-corrupted images at once instead of being kept; ``--width 64 --batch 256`` is the usual ResNet-18.
+corrupted images at once instead of being kept; ``--width 64 --batch 256`` is the usual ResNet-18,
+``--small`` the ResNet-10 of ``lowdata.py``.
 """
 
 from __future__ import annotations
@@ -54,17 +57,18 @@ from benchmarks.accuracy.study import (
 from benchmarks.accuracy.together import Course, run_all
 from benchmarks.graphs import Training, alone, finished
 from benchmarks.harness import keep_memory, record
-from benchmarks.networks import cifar_resnet18
-from benchmarks.real_data import cifar10
+from benchmarks.networks import cifar_resnet18, small_resnet
+from benchmarks.real_data import cifar10, fashion_mnist
 from benchmarks.training import LOW_PRECISION, save_weights, train_plainly
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFiles
 from ijsat_aug.flows.frozen import FrozenGlow
 
-data = cache(cifar10)
+DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
+FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 VALIDATION = 2000
-TUNING = 100  # the seed that is tested on validation images
-FIRST, FEW = 5, 100  # classes of the base in "transfer"; images of each of the others
+TUNING = 100  # the first seed that is tested on validation images
+FIRST = 5  # of the new classes
 RIVALS = ("plain", "mixup")
 
 
@@ -77,17 +81,19 @@ class Setting:
         base_epochs: Of the base.
         steps: Of the fine-tuning, in batches of ``BATCH``.
         peak: Of its learning rate, the better of 0.02 and 0.1 with seed 100.
+        each: Images of each new class.
     """
 
     images: int | None
     base_epochs: int
     steps: int
     peak: float
+    each: int = 100
 
     @property
     def base(self) -> str:
         """The name of the base."""
-        return "transfer" if self.transfers else str(self.images)
+        return f"transfer-{self.base_epochs}" if self.transfers else str(self.images)
 
     @property
     def transfers(self) -> bool:
@@ -100,6 +106,7 @@ SETTINGS = {
     "10000": Setting(10_000, 100, 10 * 78, 0.02),
     "10000, 20 epochs": Setting(10_000, 100, 20 * 78, 0.02),
     "transfer": Setting(None, 30, 500, 0.1),
+    "few": Setting(None, 5, 250, 0.02, each=20),
 }
 
 
@@ -109,14 +116,25 @@ class FineTuning(Study):
     Args:
         work: The folder of the files.
         flow: Of the augmentations.
-        width: Of the network.
+        width: Of the ResNet-18; 0 for the ResNet-10.
         batch: Images a step.
+        data: Name of the dataset.
     """
 
-    def __init__(self, work: Path, flow: FrozenGlow, width: int = 16, batch: int = BATCH) -> None:
-        super().__init__(work, f"cifar_resnet18(width={width})", list(SETTINGS), flow)
-        self.make = partial(cifar_resnet18, width=width)
+    def __init__(
+        self,
+        work: Path,
+        flow: FrozenGlow,
+        width: int = 16,
+        batch: int = BATCH,
+        data: str = "cifar10",
+    ) -> None:
+        network = f"cifar_resnet18(width={width})" if width else "small_resnet"
+        super().__init__(work, network, list(SETTINGS), flow)
+        wide = partial(cifar_resnet18, width=width)
+        self.make = wide if width else partial(small_resnet, channels=flow.shape[0])
         self.batch = batch
+        self.data = DATA[data]
         self.parts = cache(self._parts)
 
     @property
@@ -156,7 +174,7 @@ class FineTuning(Study):
         if SETTINGS[str(run.setting)].transfers:
             return {}
         device = next(trained.network.parameters()).device
-        data = self.damaged(run.seed == TUNING, device)
+        data = self.damaged(run.seed >= TUNING, device)
         counts = []
         for one in data:
             counts.append(right(trained.network, one))
@@ -171,23 +189,30 @@ class FineTuning(Study):
         """The images of a run."""
         setting = SETTINGS[str(run.setting)]
         drawn = run.seed if setting.transfers else 0
-        return self.parts(setting.images, drawn, run.seed == TUNING)
+        return self.parts(setting, drawn, run.seed >= TUNING)
 
-    def _parts(self, count: int | None, seed: int, tuning: bool) -> Parts:
-        images, labels = data(train=True)
+    def _parts(self, setting: Setting, seed: int, tuning: bool) -> Parts:
+        images, labels = self.data(train=True)
         held, used = split(len(labels))
         pick = partial(of, (images, labels))
-        tested = images_tested(tuning)
-        if count is not None:
-            learnt = pick(used[:count])
-            return Parts(learnt, learnt, pick(held), tested)
+        if setting.images is not None:
+            learnt = pick(used[: setting.images])
+            return Parts(learnt, learnt, pick(held), self.images_tested(tuning))
         new = used[labels[used] >= FIRST]
         new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
-        few = of_each(new, labels, range(FIRST, 10), FEW)
+        few = of_each(new, labels, range(FIRST, 10), setting.each)
+        test = self.data(train=False)
         return Parts(
             pick(used[labels[used] < FIRST]), pick(few), pick(held[labels[held] >= FIRST]),
-            of(tested, tested[1] >= FIRST),
+            pick(new[~torch.isin(new, few)][:5000]) if tuning else of(test, test[1] >= FIRST),
         )  # fmt: skip
+
+    def images_tested(self, tuning: bool) -> Labelled:
+        """The test split; where settings are chosen, the images that validate."""
+        if not tuning:
+            return self.data(train=False)
+        learnt = self.data(train=True)
+        return of(learnt, split(len(learnt[1]))[0])
 
     def base(self, setting: Setting, parts: Parts, seed: int) -> nn.Sequential:
         """The network that is trained on; with a new last layer where the classes are others.
@@ -227,7 +252,7 @@ class FineTuning(Study):
                 network = self.make().to(device)
                 network = network.to(memory_format=torch.channels_last)
                 network.load_state_dict(load_file(path.with_suffix(".safetensors")))
-                data = self.damaged(result["seed"] == TUNING, device)
+                data = self.damaged(result["seed"] >= TUNING, device)
                 result["corruptions"] = round(mean(accuracy(network, one) for one in data), 2)
                 keep(path, result)
 
@@ -235,7 +260,7 @@ class FineTuning(Study):
     def damaged(self, tuning: bool, device: torch.device) -> list[Labelled]:
         """Images under each corruption at each severity, on the device."""
         name, count = ("validation", 500) if tuning else ("test", 2000)
-        images, labels = (part[:count] for part in images_tested(tuning))
+        images, labels = (part[:count] for part in self.images_tested(tuning))
         files = CorruptionFiles(self.work / name)
         files.write(images, labels, device=device)
         found = [files.read(name, s, 0, count) for name in STANDARD for s in SEVERITIES]
@@ -258,14 +283,6 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     return order[:VALIDATION], order[VALIDATION:]
 
 
-def images_tested(tuning: bool) -> Labelled:
-    """The test split; where settings are chosen, the images that validate."""
-    if not tuning:
-        return data(train=False)
-    learnt = data(train=True)
-    return of(learnt, split(len(learnt[1]))[0])
-
-
 def main_branch(network: nn.Module) -> dict[str, Tensor]:
     """Its weights, without the statistics that split BatchNorm keeps for adversarial images."""
     state = network.state_dict()
@@ -274,15 +291,18 @@ def main_branch(network: nn.Module) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = arguments("runs/finetune")
-    parser.add_argument("--flow", default="cifar10-fast", help="name or folder")
+    parser.add_argument("--data", choices=tuple(DATA), default="cifar10")
+    parser.add_argument("--flow", help="name or folder; by default the fast one of the data")
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18; 64 is the usual")
+    parser.add_argument("--small", action="store_true", help="the ResNet-10 in its place")
     parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
     parser.add_argument("--corruptions", action="store_true", help="of the networks there are")
     options = parser.parse_args()
     prepare()
     keep_memory()
-    flow = load_flow(options.flow, compute_dtype=LOW_PRECISION)
-    study = FineTuning(options.work, flow, options.width, options.batch)
+    flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=LOW_PRECISION)
+    width = 0 if options.small else options.width
+    study = FineTuning(options.work, flow, width, options.batch, options.data)
     if options.unpack:
         study.unpack(options.unpack)
     if options.corruptions:
