@@ -83,11 +83,13 @@ def test_the_one_line_and_without_it(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 def test_the_script_resumes_where_it_stopped(tmp_path, monkeypatch, capsys) -> None:
+    pictures(tmp_path, {"train": 8, "val": 2})
     out = tmp_path / "run"
-    run_here(SCRIPT, monkeypatch, "--epochs", 1, "--out", out, "--amp", "bf16", *QUICK)
+    few = ("--data-path", tmp_path, "--size", 32, *QUICK, "--batch-size", 8, "--out", out)
+    run_here(SCRIPT, monkeypatch, "--epochs", 1, "--amp", "bf16", *few)
     first = ("--resume", out / "checkpoint.pt")
     capsys.readouterr()
-    run_here(SCRIPT, monkeypatch, "--epochs", 2, "--out", out, *first, *QUICK)
+    run_here(SCRIPT, monkeypatch, "--epochs", 2, *first, *few)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ·")[0] for line in lines] == ["epoch 2/2"]
     state = checkpoint(out)

@@ -101,7 +101,7 @@ def test_steps_lie_on_their_sphere(flow: FrozenGlow, digits: Tensor) -> None:
 def test_the_recommended_radius_moves_pixels_by_eight_levels(
     flow: FrozenGlow, digits: Tensor, labels: Tensor
 ) -> None:
-    network = probe_network(digits, labels)
+    network = probe_network(digits, labels, steps=100)
     fine = tuple(0.01 * i for i in range(1, 9))
     table = calibrate(flow, digits, labels, network=network, etas=fine)
     for norm, unit in (("linf", 1.0), ("l2", 8.0)):

@@ -58,7 +58,7 @@ def test_plain_training_is_good_and_not_robust(plain, digits, labels) -> None:
 
 
 def joint(net: nn.Module, flow) -> JointSpaceAdv:
-    return JointSpaceAdv(net, flow, eps=EPS, steps=3)
+    return JointSpaceAdv(net, flow, eps=EPS, steps=2)
 
 
 def latent_step(net: nn.Module, flow) -> JointSpaceAdv:
@@ -72,7 +72,7 @@ def latent_step(net: nn.Module, flow) -> JointSpaceAdv:
         (lambda net, flow: RobustMixup(num_classes=10, eps=0), 0.95, None),
         (lambda net, flow: latent_step(net, flow), 0.96, None),
         (lambda net, flow: joint(net, flow), 0.95, 0.15),
-        (lambda net, flow: RobustMixup(net, num_classes=10, eps=EPS, steps=3), 0.94, 0.15),
+        (lambda net, flow: RobustMixup(net, num_classes=10, eps=EPS, steps=2), 0.94, 0.15),
         (
             lambda net, flow: RobustMixup(
                 net, num_classes=10, attack=joint(net, flow), mode="append"

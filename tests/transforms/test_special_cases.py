@@ -218,7 +218,7 @@ def test_joint_space_is_worse_than_each_space_on_cifar(cifar_test) -> None:
     from ijsat_aug.flows.probe import probe_network
 
     images, classes = cifar10(batches=1)
-    network = probe_network(images[:2000] / 255, classes[:2000])
+    network = probe_network(images[:2000] / 255, classes[:2000], steps=100)
     x, y = cifar_test[:16], cifar10(train=False)[1][:16]
     flow = load_flow("cifar10")
 
