@@ -34,7 +34,7 @@ def test_version() -> None:
 
 @pytest.mark.slow
 def test_the_demo_trains_compares_and_draws(tmp_path: Path) -> None:
-    result = run("demo", "--out", tmp_path, "--epochs", 6)
+    result = run("demo", "--out", tmp_path, "--epochs", 4)
     assert result.exit_code == 0, result.output
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.count("%") == 5]
     numbers = {row[0].strip(): [float(cell.strip(" %")) for cell in row[1:]] for row in rows}
