@@ -5,7 +5,7 @@ from .balls import Ball, L2Ball, LinfBall, unit_ball
 from .clip import clip
 from .friendly import ascend_friendly
 from .model import ModelHandle
-from .objectives import cross_entropy, kl_divergence, margin
+from .objectives import binary_cross_entropy, cross_entropy, kl_divergence, margin
 
 __all__ = [
     "Ascent",
@@ -20,6 +20,7 @@ __all__ = [
     "Variable",
     "ascend",
     "ascend_friendly",
+    "binary_cross_entropy",
     "clip",
     "cross_entropy",
     "kl_divergence",

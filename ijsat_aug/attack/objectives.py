@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["OBJECTIVES", "Objective", "cross_entropy", "kl_divergence", "margin"]
+__all__ = [
+    "OBJECTIVES", "Objective", "binary_cross_entropy", "cross_entropy", "kl_divergence", "margin",
+]  # fmt: skip
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,6 +26,24 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         tensor([0.6931])
     """
     return F.cross_entropy(logits, target, reduction="none")
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of every output, summed: for labels that do not exclude each other.
+
+    Class numbers ``(B,)`` are one label of many, or, where there is one output, no and yes.
+
+    Example:
+        >>> logits = torch.zeros(1, 2)
+        >>> binary_cross_entropy(logits, torch.tensor([[1.0, 1.0]]))
+        tensor([1.3863])
+        >>> binary_cross_entropy(logits, torch.tensor([1]))
+        tensor([1.3863])
+    """
+    if target.ndim == 1:
+        target = target[:, None] if logits.shape[1] == 1 else F.one_hot(target, logits.shape[1])
+    losses = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+    return losses.sum(1)
 
 
 def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -56,6 +76,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
 
 OBJECTIVES: dict[str, Objective] = {
     "ce": cross_entropy,
+    "bce": binary_cross_entropy,
     "kl": kl_divergence,
     "margin": margin,
 }

@@ -180,13 +180,9 @@ def _goal(
     if target is not None:
         return target
     if threat.begins_clean(**starts):
-        return Deferred(_prediction)
+        return Deferred(threat.predicted)
     with torch.no_grad():
-        return _prediction(model(pixels))
-
-
-def _prediction(logits: Tensor) -> Tensor:
-    return logits.argmax(1)
+        return threat.predicted(model(pixels))
 
 
 def _search(landscape: Landscape, variables: dict[str, Variable], threat: Threat) -> Ascent:
@@ -213,7 +209,8 @@ def _checked(
         nonlocal unchecked
         logits = model(image)
         if unchecked:
-            check_logits(logits, len(image), known, values=careful)
+            least = 1 if threat.rows == "labels" else 2
+            check_logits(logits, len(image), known, values=careful, least=least)
             unchecked = False
         return logits
 

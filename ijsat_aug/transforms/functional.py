@@ -24,7 +24,7 @@ from .checks import (
 )
 from .climb import climb
 from .labels import as_target, soft_labels
-from .mixing import Mix, images_of, mix_batch
+from .mixing import WEIGHED, Mix, images_of, mix_batch
 from .scale import Scale
 from .threat import Method, Threat, Update
 
@@ -84,8 +84,9 @@ def joint_space_adv(
         update: ``"joint"``, ``"alternating"`` or ``"sequential"`` (first lambda, then delta).
         latent_steps: In how many steps lambda moves; the flow rests in the others.
         method: ``"exact"``, or ``"linear"`` for one latent step without a decode before it.
-        objective: ``"ce"``, ``"kl"`` (from the clean prediction), ``"margin"``, or a callable
-            ``(logits, labels) -> (B,)`` that gets the labels unchanged.
+        objective: ``"ce"``; ``"bce"`` of several labels an image, ``(B, C)`` from 0 to 1; ``"kl"``
+            (from the clean prediction); ``"margin"``; or a callable ``(logits, labels) -> (B,)``
+            that gets the labels unchanged.
         targeted: Approach the labels instead of leaving them.
         best: Keep the worst image of each sample, at one more forward pass.
         tau: Stop moving a sample once it was wrong more than ``tau`` times.
@@ -126,7 +127,7 @@ def joint_space_adv(
         raise ValueError("joint_space_adv needs a model.")
     scale.check(images, values=check_values)
     if labels is not None and not callable(objective):
-        labels = as_target(labels, len(images), values=check_values)
+        labels = as_target(labels, len(images), values=check_values, rows=threat.rows)
     if targeted and labels is None:
         raise ValueError("targeted=True approaches the labels, and there are none.")
     if threat.moves_latent:
@@ -233,14 +234,17 @@ def robust_mixup(
     check_place()
     check_images(images)
     scale.check(images, values=check_values)
-    targets = soft_labels(labels, len(images), num_classes, values=check_values)
     weights = check_weights(lam, images, values=check_values)
+    threat = Threat(eps=eps, norm=norm, steps=steps, step_size=step_size, objective=objective)
+    kind: dict[str, Any] = {"rows": threat.rows if attack is None and eps > 0 else "any"}
+    if lam_steps or len(weights) > 1:
+        kind = {"others": WEIGHED}
+    targets = soft_labels(labels, len(images), num_classes, values=check_values, **kind)
     check_space(space, flow)
     if space != "pixel":
         check_flow(flow, images)
     if model is None and (lam_steps or len(weights) > 1 or (attack is None and eps > 0)):
         raise ValueError("robust_mixup asks a model here: pass one, or lam_steps=0 and eps=0.")
-    threat = Threat(eps=eps, norm=norm, steps=steps, step_size=step_size, objective=objective)
     if attack is not None and (threat != Threat(eps=0.0) or pixel_start is not None):
         raise ValueError(
             "eps, norm, steps, step_size, objective and pixel_start belong to the built-in attack."

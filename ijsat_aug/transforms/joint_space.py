@@ -30,6 +30,7 @@ from .threat import Method, Threat, Update
 __all__ = ["JointSpaceAdv"]
 
 Target = Literal["label", "prediction", "random"]
+_TRAINED = ("ce", "bce")  # losses of trainings, whose gradient a replay follows
 _UNLABELLED = (
     "the batch has no labels under a usual name, so that the attack leads away from the model's "
     "own prediction: tell where they are by labels_getter=, or say that it is meant by "
@@ -68,8 +69,9 @@ class JointSpaceAdv(BatchTransform):
             along the gradient at z, which needs no decode before it and leaves r out (below 1e-5 in
             float32). By default linear where there is one step, as long as it does not climb the
             KL: it is cheaper there, and no weaker.
-        objective: ``"ce"``, ``"kl"`` (from the clean prediction, as TRADES), ``"margin"``, or a
-            callable ``(logits, labels) -> (B,)`` that gets the labels unchanged.
+        objective: ``"ce"``; ``"bce"`` of several labels an image, ``(B, C)`` from 0 to 1; ``"kl"``
+            (from the clean prediction, as TRADES); ``"margin"``; or a callable ``(logits, labels)
+            -> (B,)`` that gets the labels unchanged.
         target: What the loss is measured against: ``"label"`` of the batch (its own prediction when
             there is none), the model's own ``"prediction"``, or, with ``targeted``, a ``"random"``
             other class.
@@ -155,6 +157,8 @@ class JointSpaceAdv(BatchTransform):
             raise ValueError(f'target must be "label", "prediction" or "random", got {target!r}.')
         if target == "random" and not targeted:
             raise ValueError('target="random" is a class to approach: set targeted=True.')
+        if target == "random" and objective == "bce":
+            raise ValueError('target="random" is one of the classes: objective="bce" has labels.')
         # In a tuple, so that a flow that is a module is no submodule either.
         self._flow = (find_flow(flow),)
         self._fit: tuple[Any, Manifold | None] = (None, None)
@@ -296,7 +300,7 @@ class JointSpaceAdv(BatchTransform):
             )
         threat = self.threat
         asked = {
-            "steps=1": threat.steps == 1, 'objective="ce"': threat.objective == "ce",
+            "steps=1": threat.steps == 1, 'objective="ce" or "bce"': threat.objective in _TRAINED,
             'target="label"': self.target == "label", "targeted=False": not threat.targeted,
             "best=False": not threat.best, "tau=None": threat.tau is None,
         }  # fmt: skip
@@ -384,7 +388,7 @@ class JointSpaceAdv(BatchTransform):
             return None
         if callable(self.threat.objective):
             return labels  # type: ignore[no-any-return]
-        return as_target(labels, len(images), values=self.careful(images))
+        return as_target(labels, len(images), values=self.careful(images), rows=self.threat.rows)
 
     def _ball(self, norm: Norm, shape: tuple[int, ...], device: torch.device) -> Tensor:
         uniform = partial(self.random.uniform, device=device)

@@ -1,8 +1,8 @@
-"""Labels: classes ``(B,)`` or probabilities ``(B, C)``, and what is wrong with others."""
+"""Labels: classes ``(B,)`` or rows ``(B, C)``, and what is wrong with others."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,36 +10,60 @@ from torch import Tensor
 
 from ..attack.model import in_full
 
-__all__ = ["as_target", "check_logits", "soft_labels"]
+__all__ = ["Rows", "as_target", "check_logits", "soft_labels"]
+
+# What rows hold: chances of classes that exclude each other, of labels that do not, or anything.
+Rows = Literal["classes", "labels", "any"]
 
 # Of torchvision, by name: it need not be imported.
 _NO_LABELS = ("BoundingBoxes", "KeyPoints", "Mask", "Video")
 
 
-_OBJECTIVE = "for other targets pass a callable objective."
-_BLENDS = "blends have no others; JointSpaceAdv takes them with a callable objective."
+_OTHERS = (
+    'objective="bce" takes several labels an image, a callable objective whatever it understands.'
+)
 
 
-def as_target(labels: Tensor, count: int, *, values: bool, others: str = _OBJECTIVE) -> Tensor:
-    """Labels as the objectives take them: int64 classes or floating probabilities.
+def as_target(
+    labels: Tensor, count: int, *, values: bool, rows: Rows = "classes", others: str = _OTHERS
+) -> Tensor:
+    """Labels as the objectives take them: int64 classes or floating rows.
 
-    ``values`` looks at the probabilities too, which costs a host sync; ``others`` says what to do
-    with labels that are neither.
+    Args:
+        labels: Of the batch.
+        count: Of its images.
+        values: Look at the rows too, which costs a host sync.
+        rows: What they hold.
+        others: What to do with rows that are no probabilities.
+
+    Example:
+        >>> as_target(torch.tensor([[True, True]]), 1, values=True, rows="labels")
+        tensor([[1., 1.]])
     """
     if not isinstance(labels, Tensor) or type(labels).__name__ in _NO_LABELS:
         raise TypeError(
             f"labels must be a tensor of classes or probabilities, got {type(labels).__name__}; "
             "labels_getter= tells where they are."
         )
-    if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+    free = rows != "classes" and labels.ndim == 2
+    if rows == "any" and labels.shape[1:] == (1,):  # a column of class numbers is a mistake
+        free = labels.is_floating_point()
+    if labels.is_complex() or (labels.dtype == torch.bool and not free):
         raise TypeError(f"labels must be class numbers or probabilities, got {labels.dtype}.")
     if labels.ndim == 0 or len(labels) != count:
         raise ValueError(f"there are {count} images and labels of shape {tuple(labels.shape)}.")
+    if free:
+        found = in_full(labels) if labels.is_floating_point() else labels.float()
+        if rows == "labels" and values and not _are_chances(found):
+            raise ValueError('the labels of objective="bce" must lie between 0 and 1.')
+        return found
     if labels.is_floating_point():
         if labels.ndim != 2 or labels.shape[1] < 2:
+            one = "" if rows == "classes" else ", and labels of one output as labels[:, None]"
             raise ValueError(
-                f"floating labels must be probabilities of shape ({count}, classes), got "
-                f"{tuple(labels.shape)}; pass class numbers as integers: labels.long()."
+                f"floating labels must be {'rows' if one else 'probabilities'} of shape ({count}, "
+                f"classes), got {tuple(labels.shape)}; pass class numbers as integers: "
+                f"labels.long(){one}."
             )
         if values and count and not _are_probabilities(labels):
             raise ValueError(
@@ -54,8 +78,16 @@ def as_target(labels: Tensor, count: int, *, values: bool, others: str = _OBJECT
     return labels.long()
 
 
-def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: bool) -> Tensor:
-    """Labels as float32 probabilities ``(B, C)``; ``values`` costs a host sync.
+def soft_labels(
+    labels: Any,
+    count: int,
+    num_classes: int | None,
+    *,
+    values: bool,
+    rows: Rows = "classes",
+    others: str = _OTHERS,
+) -> Tensor:
+    """Labels as float32 rows ``(B, C)``; the rest as of :func:`as_target`.
 
     Example:
         >>> soft_labels(torch.tensor([1]), 1, 3, values=True)
@@ -66,15 +98,14 @@ def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: boo
             "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
             "are in the batch."
         )
-    target = as_target(labels, count, values=values, others=_BLENDS)
+    target = as_target(labels, count, values=values, rows=rows, others=others)
     if target.ndim == 2:
         if num_classes is not None and target.shape[1] != num_classes:
             raise ValueError(
                 f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
             )
-        # Rounded rows of half precision need not sum to 1.
-        exact = target.dtype == labels.dtype
-        return target.float() if exact else target / target.sum(1, keepdim=True)
+        exact = target.dtype == labels.dtype or not labels.is_floating_point()
+        return target.float() if exact else _summing_to_one(target)
     if num_classes is None:
         raise ValueError("class numbers need num_classes= to become probabilities.")
     if values and count:
@@ -84,18 +115,42 @@ def soft_labels(labels: Any, count: int, num_classes: int | None, *, values: boo
                 f"the labels go from {low} to {high}, num_classes={num_classes} allows 0 to "
                 f"{num_classes - 1}."
             )
-    rows: Tensor = F.one_hot(target, num_classes)
-    return rows.float()
+    hot: Tensor = F.one_hot(target, num_classes)
+    return hot.float()
 
 
 def _are_probabilities(labels: Tensor) -> bool:
     rows = labels.detach().float()
-    return bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-2).all())
+    return bool((rows >= 0).all() & _about_one(rows.sum(1)).all())
 
 
-def check_logits(logits: Tensor, count: int, target: Tensor | None, *, values: bool) -> None:
-    """Whether logits and target fit each other; ``values`` costs a host sync."""
-    if logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
+def _about_one(total: Tensor) -> Tensor:
+    return (total - 1).abs() < 1e-2
+
+
+def _summing_to_one(rows: Tensor) -> Tensor:
+    """Rounded rows of half precision need not; rows of other labels do not either."""
+    total = rows.sum(1, keepdim=True)
+    return rows / total.where(_about_one(total), 1)
+
+
+def _are_chances(rows: Tensor) -> bool:
+    return bool(((rows >= 0) & (rows <= 1)).all())
+
+
+def check_logits(
+    logits: Tensor, count: int, target: Tensor | None, *, values: bool, least: int = 2
+) -> None:
+    """Whether logits and target fit each other; ``values`` costs a host sync.
+
+    Args:
+        logits: What the model returned.
+        count: Of its images.
+        target: Classes or rows.
+        values: Look at the classes too.
+        least: Outputs that there must be.
+    """
+    if logits.ndim != 2 or len(logits) != count or logits.shape[1] < least:
         raise ValueError(
             f"the model returned shape {tuple(logits.shape)} for {count} images; the built-in "
             f"objectives need ({count}, classes): pass a callable objective for other outputs."
@@ -109,8 +164,8 @@ def check_logits(logits: Tensor, count: int, target: Tensor | None, *, values: b
         )
     if target.ndim == 1 and values:
         low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= classes:
+        last = max(classes, 2) - 1  # one output tells no and yes
+        if low < 0 or high > last:
             raise ValueError(
-                f"the labels go from {low} to {high}, the model knows the classes 0 to "
-                f"{classes - 1}."
+                f"the labels go from {low} to {high}, the model knows the classes 0 to {last}."
             )

@@ -28,8 +28,8 @@ from .checks import (
     find_flow,
 )
 from .joint_space import JointSpaceAdv
-from .labels import soft_labels
-from .mixing import Attack, Mix, images_of, mix_batch
+from .labels import Rows, soft_labels
+from .mixing import WEIGHED, Attack, Mix, images_of, mix_batch
 from .scale import Scale
 from .settings import check_count
 from .structure import LabelsGetter, Parts, geometry_in
@@ -48,8 +48,8 @@ class RobustMixup(BatchTransform):
 
     with the neighbour ``roll(1)`` as partner; then the blend climbs the loss under its mixed
     label: by a few pixel steps, or by ``attack``. With ``attack=JointSpaceAdv(...)`` this is IJSAT,
-    where every blend has an exact latent of its own. Labels come out as float32 rows that sum to
-    1, also where nothing was mixed.
+    where every blend has an exact latent of its own. Labels come out as float32 rows ``(B, C)``,
+    also where nothing was mixed: probabilities, or of ``objective="bce"`` several labels an image.
 
     Args:
         model: The model that is trained, left exactly as it was; it may come later, by ``bind``.
@@ -259,7 +259,7 @@ class RobustMixup(BatchTransform):
             self.attack.check(images, targets)
 
     def as_labels(self, images: Tensor, labels: Any) -> Tensor:
-        """Labels as probabilities."""
+        """Labels as rows."""
         if labels is None:
             raise ValueError(
                 "mixup needs labels: call it with (images, labels), or tell labels_getter= where "
@@ -267,7 +267,17 @@ class RobustMixup(BatchTransform):
                 'AugmentationSequential hands them over, with "class" among its data_keys.'
             )
         values = self.careful(images)
-        return soft_labels(labels, len(images), self.num_classes, values=values).detach()
+        rows = soft_labels(labels, len(images), self.num_classes, values=values, **self._rows)
+        return rows.detach()
+
+    @property
+    def _rows(self) -> dict[str, Any]:
+        """What rows of labels are taken for."""
+        if self._weighs:
+            return {"others": WEIGHED}
+        attack = self.climb
+        rows: Rows = attack.threat.rows if isinstance(attack, JointSpaceAdv) else "any"
+        return {"rows": rows}
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""

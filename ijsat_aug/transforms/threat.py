@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+from torch import Tensor
+
 from ..attack.balls import BALLS, Norm
 from ..attack.objectives import OBJECTIVES, Objective
+from .labels import Rows
 from .settings import check_choices, check_count, usual_step
 
 __all__ = ["Method", "Threat", "Update"]
@@ -36,7 +39,8 @@ class Threat:
         method: ``"exact"`` goes through the decoder in every step that moves ``lambda``.
             ``"linear"`` moves it once, along the gradient at the clean latent that the tape of
             ``encode`` gives, and then decodes once.
-        objective: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(logits, target) -> (B,)``.
+        objective: ``"ce"``, ``"bce"``, ``"kl"``, ``"margin"``, or a callable ``(logits, target) ->
+            (B,)``.
         targeted: The target is where the attack wants to go, not where it comes from.
         best: Keep the worst image of each sample that the model saw (one more forward pass).
         tau: Friendly stop: leave a sample alone that was wrong more than ``tau`` times.
@@ -92,6 +96,10 @@ class Threat:
         check_count("steps", self.steps, 0)
         if self.tau is not None:
             check_count("tau", self.tau, 0)
+            if self.objective == "bce":
+                raise ValueError(
+                    'tau asks whether a class is wrong, and objective="bce" has several.'
+                )
             if self.best:
                 raise ValueError(
                     "best and tau exclude each other: keep the worst image, or stop at the first "
@@ -180,9 +188,20 @@ class Threat:
         return usual_step(sum(self.latent_moves)) * self.eta
 
     @property
+    def rows(self) -> Rows:
+        """What the objective takes rows of labels for."""
+        if callable(self.objective):
+            return "any"
+        return "labels" if self.objective == "bce" else "classes"
+
+    @property
     def losses(self) -> Objective:
         """The objective as a function."""
         return self.objective if callable(self.objective) else OBJECTIVES[self.objective]
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The labels that a model gives, as the objective takes them."""
+        return (logits > 0).to(logits.dtype) if self.rows == "labels" else logits.argmax(1)
 
     def _count_latent_steps(self) -> int:
         if self.latent_steps is not None:

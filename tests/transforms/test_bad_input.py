@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
 
-from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
+from ijsat_aug import JointSpaceAdv, load_flow
 from ijsat_aug.transforms.functional import joint_space_adv, robust_mixup
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
@@ -149,7 +149,7 @@ def test_dense_outputs_with_a_callable_objective(network) -> None:
         ({"latent_norm": 2}, "latent_norm must be one of"),
         ({"update": "both"}, '"joint", "alternating", "sequential"'),
         ({"method": "fast"}, '"exact", "linear"'),
-        ({"objective": "mse"}, '"ce", "kl", "margin" or a callable'),
+        ({"objective": "mse"}, '"ce", "bce", "kl", "margin" or a callable'),
         ({"steps": -1}, "steps must be an integer >= 0"),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"steps": True}, "steps must be an integer"),
@@ -221,13 +221,6 @@ def test_labels_under_an_unknown_name_are_told_of_once(network, flow) -> None:
         JointSpaceAdv(network, flow, labels_getter="fine_label")(batch)
         JointSpaceAdv(network, flow, target="prediction")(batch)
         JointSpaceAdv(network, flow)(X)
-
-
-def test_blends_of_labels_that_are_no_probabilities(network) -> None:
-    several = torch.ones(len(X), 10)
-    mix = RobustMixup(network, objective=lambda logits, labels: logits.sum(1))
-    with pytest.raises(ValueError, match="blends have no others; JointSpaceAdv takes them"):
-        mix(X, several)
 
 
 def test_unknown_and_missing_arguments(untouchable, flow) -> None:

@@ -399,11 +399,12 @@ def test_settings(options, message) -> None:
         (torch.tensor([1, 2]), {"num_classes": None}, "need num_classes="),
         (torch.tensor([1, 10]), {}, "num_classes=10 allows 0 to 9"),
         (torch.full((2, 5), 0.2), {}, "5 classes, num_classes is 10"),
-        (torch.rand(2), {}, "probabilities of shape"),
+        (torch.rand(2), {}, "rows of shape"),
+        (torch.rand(2), {"eps": 0.1}, "probabilities of shape"),
     ],
 )
 def test_bad_labels(y, options, message, digits) -> None:
-    mix = RobustMixup(**{"num_classes": 10, "eps": 0, **options})
+    mix = RobustMixup(nn.Identity(), **{"num_classes": 10, "eps": 0, **options})
     with pytest.raises(ValueError, match=message):
         mix(digits[:2], y) if y is not None else mix(digits[:2])
 
