@@ -24,6 +24,7 @@ Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
 
 _MANY = 256  # things that something holds, beyond which none of them is looked at
+_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
@@ -139,6 +140,19 @@ class ModelHandle:
             # to the image. A direction is all that attacks want.
             logits.register_hook(at_full_size)
         return logits
+
+    def check_alone(self, instead: str) -> None:
+        """Refuse what each process decides on its own, where all must ask the model as often.
+
+        Example:
+            >>> ModelHandle(torch.nn.Linear(2, 2)).check_alone("use p=1")  # of one process alone
+        """
+        kinds = {base.__name__ for module in _parts(self.model) for base in type(module).__mro__}
+        if kinds & _SHARDED:
+            raise ValueError(
+                "the model is sharded (FSDP), and waits in every pass for all processes, which "
+                f"must attack as often: {instead}."
+            )
 
     @contextmanager
     def frozen(self, device: torch.device, seed: int | None = None) -> Iterator[None]:

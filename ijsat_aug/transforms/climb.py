@@ -64,6 +64,8 @@ def climb(
     idle = threat.steps == 0 and all(start is None for start in starts)
     if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
         return Outcome(images.detach(), {})
+    if threat.tau is not None:
+        handle.check_alone("tau=None")
     with handle.frozen(images.device, seed):
         images = usable(images)
         target = usable(target) if isinstance(target, Tensor) else target

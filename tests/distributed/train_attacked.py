@@ -1,17 +1,23 @@
-"""Trains a DDP model on attacked batches; each rank attacks with another number of steps."""
+"""Trains a DDP model on attacked batches; each rank attacks with another number of steps.
+
+Then a sharded one (FSDP), whose passes are collective: it is attacked as a whole one is.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ijsat_aug import JointSpaceAdv
+from ijsat_aug import JointSpaceAdv, RobustMixup
 
 
 def main(folder: Path) -> None:
@@ -44,8 +50,49 @@ def main(folder: Path) -> None:
         assert all(torch.equal(weights, other) for other in gathered)
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     (folder / f"rank{rank}.txt").write_text(f"steps {counter} weights {digest}")
+    if can_shard():
+        train_sharded(rank)
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
+
+
+def can_shard() -> bool:
+    """Gloo learnt to scatter sums after torch 2.6."""
+    whole = torch.ones(dist.get_world_size())
+    try:
+        dist.reduce_scatter_tensor(torch.empty(1), whole)
+    except RuntimeError:
+        return False
+    return True
+
+
+def train_sharded(rank: int) -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))]
+    nets += [copy.deepcopy(nets[0])]
+    for part in (nets[1][1], nets[1]):
+        fully_shard(part, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.rand(8, 1, 8, 8, generator=generator)
+    y = torch.randint(10, (8,), generator=generator)
+    whole, sharded = (
+        RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, "digits"), generator=rank)
+        for net in nets
+    )
+    attacked, targets = sharded(x, y)
+    assert torch.equal(attacked, whole(x, y)[0])
+    before = [p.to_local().clone() for p in nets[1].parameters()]
+    optimizer = torch.optim.SGD(nets[1].parameters(), lr=0.1)
+    for _ in range(2):
+        nn.functional.cross_entropy(nets[1](attacked), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        attacked, targets = sharded(x, y)
+    after = [p.to_local() for p in nets[1].parameters()]
+    assert all(p.numel() == 0 or not torch.equal(b, p) for b, p in zip(before, after, strict=True))
+    for options in ({"tau": 0, "steps": 2}, {"p": 0.5}):
+        with pytest.raises(ValueError, match="must attack as often"):  # or wait for ever
+            JointSpaceAdv(nets[1], "digits", **options)(x, y)
 
 
 def refuse_collectives(
