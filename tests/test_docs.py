@@ -11,6 +11,7 @@ import pytest
 from benchmarks import readme
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*readme.TABLES, "docs/tasks.md"]
 
 
 def blocks(text: str) -> list[str]:
@@ -23,7 +24,7 @@ def places(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("document", readme.TABLES)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_python_block_runs(document: str) -> None:
     found = blocks((ROOT / document).read_text())
     assert found
@@ -47,7 +48,7 @@ def test_every_result_says_how_it_was_made() -> None:
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:
-    for document in (ROOT / name for name in [*readme.TABLES, "pretrained/README.md"]):
+    for document in (ROOT / name for name in [*DOCUMENTS, "pretrained/README.md"]):
         for target, place in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", document.read_text()):
             path = document.parent / target if target else document
             assert path.exists(), f"{document.name}: {target}"
