@@ -238,7 +238,7 @@ def results(options: argparse.Namespace, flow: FrozenGlow) -> dict[str, dict[str
     if {"finetuning", "transfer"} & set(options.studies):
         study = tuned(options, flow)
         for name, seeds in (("cifar10", SEEDS), ("tuning", (TUNING,))):
-            result = study.result(seeds, (*RIVALS, LATENT))
+            result = study.result(seeds, RIVALS)
             found[f"finetune-{name}-gpu"] = study.facts | result
     if "few labels" in options.studies:
         few = LowData("cifar10", options.work / "lowdata", flow, own_flow=False)

@@ -69,7 +69,7 @@ FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 VALIDATION = 2000
 TUNING = 100  # the first seed that is tested on validation images
 FIRST = 5  # of the new classes
-RIVALS = ("plain", "mixup")
+RIVALS = ("plain", "mixup", "latent step, second half", "mixup + latent step, second half")
 
 
 @dataclass(frozen=True)

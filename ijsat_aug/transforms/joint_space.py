@@ -70,8 +70,8 @@ class JointSpaceAdv(BatchTransform):
             float32). By default linear where there is one step, as long as it does not climb the
             KL: it is cheaper there, and no weaker.
         objective: ``"ce"``; ``"bce"`` of several labels an image, ``(B, C)`` from 0 to 1; ``"kl"``
-            (from the clean prediction, as TRADES); ``"margin"``; or a callable ``(logits, labels)
-            -> (B,)`` that gets the labels unchanged.
+            (from the clean prediction, as TRADES); ``"margin"``; or a callable
+            ``(logits, labels) -> (B,)`` that gets the labels unchanged.
         target: What the loss is measured against: ``"label"`` of the batch (its own prediction when
             there is none), the model's own ``"prediction"``, or, with ``targeted``, a ``"random"``
             other class.

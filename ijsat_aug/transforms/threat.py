@@ -39,8 +39,8 @@ class Threat:
         method: ``"exact"`` goes through the decoder in every step that moves ``lambda``.
             ``"linear"`` moves it once, along the gradient at the clean latent that the tape of
             ``encode`` gives, and then decodes once.
-        objective: ``"ce"``, ``"bce"``, ``"kl"``, ``"margin"``, or a callable ``(logits, target) ->
-            (B,)``.
+        objective: ``"ce"``, ``"bce"``, ``"kl"``, ``"margin"``, or a callable
+            ``(logits, target) -> (B,)``.
         targeted: The target is where the attack wants to go, not where it comes from.
         best: Keep the worst image of each sample that the model saw (one more forward pass).
         tau: Friendly stop: leave a sample alone that was wrong more than ``tau`` times.
