@@ -69,7 +69,8 @@ FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 VALIDATION = 2000
 TUNING = 100  # the first seed that is tested on validation images
 FIRST = 5  # of the new classes
-RIVALS = ("plain", "mixup", "latent step, second half", "mixup + latent step, second half")
+_MOVES = ("latent step", "latent step, second half", "mixup + latent step, second half")
+RIVALS = ("plain", "mixup", *_MOVES)
 
 
 @dataclass(frozen=True)
