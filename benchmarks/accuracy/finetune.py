@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS
 from benchmarks.accuracy.study import (
     BATCH,
+    DATA,
     Labelled,
     Run,
     Study,
@@ -48,6 +49,7 @@ from benchmarks.accuracy.study import (
     Trained,
     accuracy,
     arguments,
+    flow_asked_for,
     keep,
     of,
     of_each,
@@ -58,14 +60,10 @@ from benchmarks.accuracy.together import Course, run_all
 from benchmarks.graphs import Training, alone, finished
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18, small_resnet
-from benchmarks.real_data import cifar10, fashion_mnist
-from benchmarks.training import LOW_PRECISION, save_weights, train_plainly
-from ijsat_aug import load_flow
+from benchmarks.training import save_weights, train_plainly
 from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFiles
 from ijsat_aug.flows.frozen import FrozenGlow
 
-DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
-FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 VALIDATION = 2000
 TUNING = 100  # the first seed that is tested on validation images
 FIRST = 5  # of the new classes
@@ -292,8 +290,6 @@ def main_branch(network: nn.Module) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = arguments("runs/finetune")
-    parser.add_argument("--data", choices=tuple(DATA), default="cifar10")
-    parser.add_argument("--flow", help="name or folder; by default the fast one of the data")
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18; 64 is the usual")
     parser.add_argument("--small", action="store_true", help="the ResNet-10 in its place")
     parser.add_argument("--batch", type=int, default=BATCH, help="images a step")
@@ -301,8 +297,8 @@ def main() -> None:
     options = parser.parse_args()
     prepare()
     keep_memory()
-    flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=LOW_PRECISION)
     width = 0 if options.small else options.width
+    flow = flow_asked_for(options)
     study = FineTuning(options.work, flow, width, options.batch, options.data)
     if options.unpack:
         study.unpack(options.unpack)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.accuracy.augmentations import ROWS
 from benchmarks.accuracy.study import (
     BATCH,
+    DATA,
     Labelled,
     Run,
     Study,
     Task,
     arguments,
+    flow_asked_for,
     of,
     of_each,
     prepare,
@@ -43,7 +44,6 @@ from benchmarks.accuracy.study import (
 from benchmarks.accuracy.together import run_all
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
-from benchmarks.real_data import cifar10, fashion_mnist
 from benchmarks.training import LOW_PRECISION
 from ijsat_aug import load_flow
 from ijsat_aug.flows.data import ImageData
@@ -52,8 +52,6 @@ from ijsat_aug.flows.glow import GlowConfig
 from ijsat_aug.flows.recipe import Recipe
 from ijsat_aug.flows.trainer import train_flow
 
-DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
-FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 STEPS = {
     "cifar10": {500: 1440, 2500: 4800, 5000: 4800},
     "fashion-mnist": {500: 1440, 2500: 2880},
@@ -129,8 +127,7 @@ def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     options = parse()
     prepare()
-    flow = load_flow(options.flow or FLOWS[options.data], compute_dtype=LOW_PRECISION)
-    study = LowData(options.data, options.work, flow, options.own_flow)
+    study = LowData(options.data, options.work, flow_asked_for(options), options.own_flow)
     if options.unpack:
         study.unpack(options.unpack)
     if options.record:
@@ -141,8 +138,6 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = arguments("runs/lowdata")
-    parser.add_argument("--data", choices=tuple(DATA), default="cifar10")
-    parser.add_argument("--flow", help="name or folder; by default the fast one of the data")
     parser.add_argument("--own-flow", action="store_true", help="trained on the labelled images")
     return parser.parse_args()
 

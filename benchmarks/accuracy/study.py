@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ from torch import Tensor, nn
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
 from benchmarks.harness import RESULTS, hardware, machines
+from benchmarks.real_data import cifar10, fashion_mnist
 from benchmarks.training import LOW_PRECISION, Seen, crop_and_flip, low_precision
+from ijsat_aug import load_flow
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
+DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
+FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 BATCH = 128
 Batches = Iterator[tuple[Tensor, Tensor]]
 Labelled = tuple[Tensor, Tensor]
@@ -329,6 +334,8 @@ def keep(path: Path, result: dict[str, Any]) -> None:
 def arguments(work: str) -> argparse.ArgumentParser:
     """The options of every study."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--data", choices=tuple(DATA), default="cifar10")
+    parser.add_argument("--flow", help="name or folder; by default the fast one of the data")
     parser.add_argument("--settings", nargs="+", help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument(
@@ -342,6 +349,11 @@ def arguments(work: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--at-once", type=int, default=12, help="on a GPU: runs side by side")
     return parser
+
+
+def flow_asked_for(options: argparse.Namespace) -> FrozenGlow:
+    """The flow of the augmentations, of these options."""
+    return load_flow(options.flow or FLOWS[options.data], compute_dtype=LOW_PRECISION)
 
 
 def prepare() -> None:
