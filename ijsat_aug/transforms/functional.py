@@ -24,7 +24,7 @@ from .checks import (
 )
 from .climb import climb
 from .labels import as_target, soft_labels
-from .mixing import WEIGHED, Mix, images_of, mix_batch
+from .mixing import Mix, images_of, mix_batch
 from .scale import Scale
 from .threat import Method, Threat, Update
 
@@ -236,21 +236,22 @@ def robust_mixup(
     scale.check(images, values=check_values)
     weights = check_weights(lam, images, values=check_values)
     threat = Threat(eps=eps, norm=norm, steps=steps, step_size=step_size, objective=objective)
-    kind: dict[str, Any] = {"rows": threat.rows if attack is None and eps > 0 else "any"}
-    if lam_steps or len(weights) > 1:
-        kind = {"others": WEIGHED}
-    targets = soft_labels(labels, len(images), num_classes, values=check_values, **kind)
+    climbs, weighed = attack is None and eps > 0, lam_steps > 0 or len(weights) > 1
+    targets = soft_labels(
+        labels, len(images), num_classes, values=check_values,
+        rows=threat.rows if climbs else "any", weighed=weighed,
+    )  # fmt: skip
     check_space(space, flow)
     if space != "pixel":
         check_flow(flow, images)
-    if model is None and (lam_steps or len(weights) > 1 or (attack is None and eps > 0)):
+    if model is None and (weighed or climbs):
         raise ValueError("robust_mixup asks a model here: pass one, or lam_steps=0 and eps=0.")
     if attack is not None and (threat != Threat(eps=0.0) or pixel_start is not None):
         raise ValueError(
             "eps, norm, steps, step_size, objective and pixel_start belong to the built-in attack."
         )
     check_start("pixel_start", pixel_start, images.shape)
-    if attack is None and eps > 0:
+    if climbs:
         assert model is not None
         attack = partial(
             joint_space_adv, model=model, eps=eps, norm=norm, steps=steps, step_size=step_size,

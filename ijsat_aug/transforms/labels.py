@@ -22,6 +22,7 @@ _NO_LABELS = ("BoundingBoxes", "KeyPoints", "Mask", "Video")
 _OTHERS = (
     'objective="bce" takes several labels an image, a callable objective whatever it understands.'
 )
+_WEIGHED = "lam_steps and draws compare predictions with such rows alone."
 
 
 def as_target(
@@ -85,9 +86,11 @@ def soft_labels(
     *,
     values: bool,
     rows: Rows = "classes",
-    others: str = _OTHERS,
+    weighed: bool = False,
 ) -> Tensor:
     """Labels as float32 rows ``(B, C)``; the rest as of :func:`as_target`.
+
+    Where mixing weights are ``weighed`` by the model, they are probabilities whatever climbs then.
 
     Example:
         >>> soft_labels(torch.tensor([1]), 1, 3, values=True)
@@ -98,13 +101,14 @@ def soft_labels(
             "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
             "are in the batch."
         )
+    rows, others = ("classes", _WEIGHED) if weighed else (rows, _OTHERS)
     target = as_target(labels, count, values=values, rows=rows, others=others)
     if target.ndim == 2:
         if num_classes is not None and target.shape[1] != num_classes:
             raise ValueError(
                 f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
             )
-        exact = target.dtype == labels.dtype or not labels.is_floating_point()
+        exact = target.dtype == labels.dtype
         return target.float() if exact else _summing_to_one(target)
     if num_classes is None:
         raise ValueError("class numbers need num_classes= to become probabilities.")

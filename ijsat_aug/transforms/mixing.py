@@ -20,9 +20,7 @@ from .labels import check_logits
 from .scale import Scale
 from .settings import check_choices, check_count, usual_step
 
-__all__ = ["WEIGHED", "Attack", "Mix", "adversity", "images_of", "mix_batch"]
-
-WEIGHED = "lam_steps and draws compare predictions with such rows alone."
+__all__ = ["Attack", "Mix", "adversity", "images_of", "mix_batch"]
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 

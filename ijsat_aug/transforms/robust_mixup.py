@@ -29,7 +29,7 @@ from .checks import (
 )
 from .joint_space import JointSpaceAdv
 from .labels import Rows, soft_labels
-from .mixing import WEIGHED, Attack, Mix, images_of, mix_batch
+from .mixing import Attack, Mix, images_of, mix_batch
 from .scale import Scale
 from .settings import check_count
 from .structure import LabelsGetter, Parts, geometry_in
@@ -266,18 +266,12 @@ class RobustMixup(BatchTransform):
                 "they are in the batch; inside kornia, ijsat_aug.integrations.kornia."
                 'AugmentationSequential hands them over, with "class" among its data_keys.'
             )
-        values = self.careful(images)
-        rows = soft_labels(labels, len(images), self.num_classes, values=values, **self._rows)
-        return rows.detach()
-
-    @property
-    def _rows(self) -> dict[str, Any]:
-        """What rows of labels are taken for."""
-        if self._weighs:
-            return {"others": WEIGHED}
         attack = self.climb
         rows: Rows = attack.threat.rows if isinstance(attack, JointSpaceAdv) else "any"
-        return {"rows": rows}
+        return soft_labels(
+            labels, len(images), self.num_classes, values=self.careful(images), rows=rows,
+            weighed=self._weighs,
+        ).detach()  # fmt: skip
 
     def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """The mixed batch, whose blends nothing has attacked."""
