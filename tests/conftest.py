@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -86,21 +87,27 @@ def small_network(classes: int = 10) -> nn.Sequential:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def _trained_network() -> nn.Sequential:
+def trained_network(
+    outputs: int, targets: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+) -> nn.Sequential:
+    """A small network that has learnt something of the digits."""
     torch.manual_seed(0)
     data = load_images("digits")
-    x, y = data.images.float() / 16, data.labels
-    net = small_network()
+    x, y = data.images.float() / 16, targets(data.labels)
+    net = small_network(outputs)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(250):
         index = torch.randint(len(x), (64,))
-        loss = nn.functional.cross_entropy(net(x[index]), y[index])
         optimizer.zero_grad()
-        loss.backward()
+        loss(net(x[index]), y[index]).backward()
         optimizer.step()
     net.zero_grad()
     return net
+
+
+@pytest.fixture(scope="session")
+def _trained_network() -> nn.Sequential:
+    return trained_network(10, lambda digits: digits, nn.functional.cross_entropy)
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from torchvision.transforms import v2
 
 from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
 from ijsat_aug.attack import binary_cross_entropy
-from ijsat_aug.flows import load_images
 from ijsat_aug.functional import joint_space_adv, robust_mixup
-from tests.conftest import small_network
+from tests.conftest import small_network, trained_network
 
 
 def several(digits: Tensor) -> Tensor:
@@ -25,17 +24,7 @@ def several(digits: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def _tagger() -> nn.Module:
-    data = load_images("digits")
-    x, y = data.images.float() / 16, several(data.labels)
-    torch.manual_seed(0)
-    net = small_network(3)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    for _ in range(200):
-        index = torch.randint(len(x), (64,))
-        F.binary_cross_entropy_with_logits(net(x[index]), y[index]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return net
+    return trained_network(3, several, F.binary_cross_entropy_with_logits)
 
 
 @pytest.fixture
