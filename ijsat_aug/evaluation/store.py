@@ -75,9 +75,8 @@ class Store:
     def _file(self, entry: Entry) -> Path | None:
         if self.folder is None:
             return None
-        words = f"{entry.name}-{entry.budget}-{entry.steps}"
-        if entry.kind == "corruption":
-            words += entry.reference  # the files that it comes from
+        # The reference tells the files that a corruption comes from, and your threats from ours.
+        words = f"{entry.name}-{entry.budget}-{entry.steps}-{entry.reference}"
         plain = "".join(c if c.isalnum() else "-" for c in entry.name)
         return self.folder / f"result-{plain}-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
 

@@ -150,11 +150,17 @@ def _clustered(lines: list[str]) -> Share:
 
 
 def _paired(ours: list[str], theirs: list[str]) -> Share:
-    """The difference of two shares of the same images; its interval counts images too."""
+    """The difference of two shares of the same images; its interval counts images too.
+
+    It is the interval of Agresti and Min (2005), of two images more, one half of which was gained
+    and one half lost: few images that did not change are no proof that none will.
+    """
     changes = [a - b for a, b in zip(_means(ours), _means(theirs), strict=True)]
-    change = fmean(changes)
-    spread = math.sqrt(sum((c - change) ** 2 for c in changes)) / len(changes)
-    return Share(change, change - 1.96 * spread, change + 1.96 * spread)
+    count = len(changes) + 2
+    middle = sum(changes) / count
+    spread = math.sqrt(((1 + sum(c * c for c in changes)) / count - middle**2) / count)
+    low, high = (max(-1.0, min(1.0, middle + z * spread)) for z in (-1.96, 1.96))
+    return Share(fmean(changes), low, high)
 
 
 def _means(lines: list[str]) -> list[float]:

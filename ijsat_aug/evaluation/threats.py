@@ -37,6 +37,9 @@ Attack = Callable[[Victim, Tensor, Tensor, Draws], Found]
 class Threat(Entry):
     """A threat: a line of the table, of kind ``"lp"``, ``"manifold"`` or ``"unseen"``.
 
+    A folder of results knows it by name, budget, steps and reference: whoever changes the attack of
+    a threat of their own changes one of them too, else what the old one left is read again.
+
     Attributes:
         attack: ``(victim, pixels, labels, draws) -> Found``, of images that the model gets right.
 

@@ -168,7 +168,8 @@ class _Run:
     ) -> None:
         self.config, self.out, self.recipe, self.accelerator = config, out, recipe, accelerator
         self.device = accelerator.device
-        self.images = hashlib.sha256(data.images.contiguous().numpy().data).hexdigest()
+        self.images = _sum(data.images)
+        self.labels = _sum(data.labels if config.num_classes is not None else None)
         self.train_data, self.held_out = data.split(recipe.held_out, recipe.seed)
         self.progress = Progress()
         self.state_file = out / _STATE
@@ -341,6 +342,7 @@ class _Run:
         return {name: getattr(self.recipe, name) for name in settings} | {
             "network": self.config.to_dict(),
             "images": self.images,
+            "labels": self.labels,
         }
 
     def _save(self) -> None:
@@ -382,6 +384,11 @@ class _Run:
         known = self.optimizer.state_dict()
         self.optimizer.load_state_dict(known | {"state": slots})
         self.progress = Progress(**state["progress"])
+
+
+def _sum(tensor: Tensor | None) -> str | None:
+    """The sha256 of its values."""
+    return None if tensor is None else hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
 
 
 def _generator(device: torch.device | str, *key: int) -> torch.Generator:

@@ -336,6 +336,20 @@ def test_a_threat_of_your_own(net, digits, labels) -> None:
     assert found.accuracy("dark") == pytest.approx(float(right.float().mean()))
 
 
+def test_a_threat_of_your_own_is_known_by_its_reference(net, digits, labels, tmp_path) -> None:
+    def scaled(factor: float) -> Threat:
+        def attack(victim, x, y, draws) -> Found:
+            return Found(x * factor)
+
+        return Threat("dark", "Darkness", "unseen", "", 1, f"times {factor}", attack)
+
+    def accuracy(factor: float) -> float:
+        options = {"threats": [scaled(factor)], "corruptions": [], "folder": tmp_path}
+        return evaluate(net, digits, labels, **options).accuracy("dark")
+
+    assert accuracy(1.0) > accuracy(0.0)
+
+
 def test_pictures_are_of_what_was_right_before(net, digits, labels) -> None:
     wrong = labels.clone()
     wrong[labels == 0] = 9  # some images of class 9 are not right

@@ -291,6 +291,9 @@ def test_a_class_conditional_flow_trains_on_labels(tmp_path: Path, data: ImageDa
     flow = load_flow(out)
     x = data.images[:4].float() / 16
     assert (flow.decode(flow.encode(x)) - x).abs().max() < 1e-5
+    other = dataclasses.replace(data, labels=9 - data.labels)
+    with pytest.raises(ValueError, match="another training: its labels"):
+        train_flow(other, config, out, SHORT, resume=True, quiet=True)
 
 
 def test_every_option_of_the_recipe_runs(tmp_path: Path, data: ImageData) -> None:
