@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ..precision import warn_if_emulated
 from .balls import at_full_size
 
 __all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "in_full", "logits_of", "unwrap"]
@@ -174,6 +175,7 @@ class ModelHandle:
             if self.amp_dtype is not None:
                 low = self.amp_dtype in (torch.bfloat16, torch.float16)
                 dtype = self.amp_dtype if low else None
+                warn_if_emulated(dtype, device.type, "leave amp_dtype out")
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
             if self.mode == "train":
                 stack.enter_context(buffers_kept(modules))

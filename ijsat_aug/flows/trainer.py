@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..precision import warn_if_emulated
 from .data import ImageData
 from .display import Display, Progress
 from .files import check_target, write_atomically
@@ -188,7 +189,9 @@ class _Run:
         )
         if resume:
             self._load(model)
-        _set_compute_dtype(model, torch.bfloat16 if recipe.precision == "bf16" else None)
+        low = torch.bfloat16 if recipe.precision == "bf16" else None
+        warn_if_emulated(low, self.device.type, 'take precision="fp32"')
+        _set_compute_dtype(model, low)
         self.model = accelerator.prepare_model(model)
         if recipe.tensorboard:
             accelerator.init_trackers("flow")

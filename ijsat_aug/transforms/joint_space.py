@@ -19,6 +19,7 @@ from ..attack.objectives import Objective
 from ..flows.calibration import recommended_eta
 from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import Tiles, at_size
+from ..precision import warn_if_emulated
 from .batch import BatchTransform, of_some
 from .checks import check_channels, check_manifold, find_flow
 from .climb import climb, climb_along
@@ -366,6 +367,8 @@ class JointSpaceAdv(BatchTransform):
         place = (images.device, (images.shape[2], images.shape[3]))
         if self._fit[0] != place:
             flow = on_device(check_manifold(self.flow), images.device)
+            low = getattr(getattr(flow, "flow", flow), "compute_dtype", None)
+            warn_if_emulated(low, images.device.type, "leave compute_dtype of load_flow out")
             self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
         return check_manifold(self._fit[1])
 
