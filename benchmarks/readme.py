@@ -6,6 +6,7 @@ Run:  python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -315,12 +316,13 @@ def _study(
     head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">passes", ">time"]
     body = []
     for title, table in result["table"].items():
-        for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"]):
+        for name, row in sorted(table.items(), key=lambda item: item[1]["seconds"] or math.inf):
             if rows is not None and name not in rows:
                 continue
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
             cells = [_interval(gain, "+") for gain in gains]
-            ratios = [f"{row[what] / table['plain'][what]:.2f}" for what in ("passes", "seconds")]
+            costs = [(row[what], table["plain"][what]) for what in ("passes", "seconds")]
+            ratios = [f"{ours / plain:.2f}" if ours else "" for ours, plain in costs]
             taken = [str(len(row["seeds"])), str(row["steps"]), *ratios]
             body.append([title, name, _interval(row["accuracy"]), *cells, *taken])
     cost = "Passes: images through the network, the attack's too; they and time against plain."

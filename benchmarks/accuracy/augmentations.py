@@ -82,6 +82,11 @@ def _blend(
     return _ours(RobustMixup(network, num_classes=CLASSES, attack=attack, **routed), begin)
 
 
+def _mixup_of_each(network: nn.Module, flow: FrozenGlow) -> Augmentation:
+    """The blends that ours begin with: every image has a weight of its own, not every batch."""
+    return _ours(RobustMixup(network, num_classes=CLASSES, eps=0))
+
+
 def _after_cutmix(network: nn.Module, flow: FrozenGlow, **options: Any) -> Augmentation:
     cutmix = v2.CutMix(alpha=1.0, num_classes=CLASSES)
     return replace(_attack(network, flow, **options), before=cutmix)
@@ -107,10 +112,11 @@ _own: dict[str, Any] = {"eps": 0, "target": "prediction"}
 _joint = partial(_attack, target="prediction")
 _half = PARTS // 2
 
-NOT_OURS = ("plain", "mixup", "CutMix")
+NOT_OURS = ("plain", "mixup", "mixup, a weight an image", "CutMix")
 ROWS: dict[str, Make] = {
     "plain": _plain,
     "mixup": partial(_torchvision, v2.MixUp),
+    "mixup, a weight an image": _mixup_of_each,
     "CutMix": partial(_torchvision, v2.CutMix),
     "latent noise": _noise,
     "OM": partial(_attack, eps=0),

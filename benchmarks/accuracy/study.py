@@ -307,7 +307,7 @@ class Study:
         runs = [json.loads(path.read_text()) for path in sorted(self.work.glob("*.json"))]
         runs = [one for one in runs if one["seed"] in seeds]
         by_setting = {
-            str(setting): summary((one for one in runs if one["setting"] == setting), rivals)
+            str(setting): summary([one for one in runs if one["setting"] == setting], rivals)
             for setting in self.settings
         }
         return {
@@ -371,30 +371,31 @@ def interval(values: Iterable[float]) -> Interval:
     return round(statistics.mean(found), 2), round(student.ppf(0.975, len(found) - 1) * error, 2)
 
 
-def summary(runs: Iterable[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
+def summary(runs: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
     """For every row: what it reached and cost, and the difference to each rival, paired by seed."""
     by_row: dict[str, dict[int, dict[str, Any]]] = {}
     for one in runs:
         by_row.setdefault(one["row"], {})[one["seed"]] = one
-    return {row: _entry(row, by_row, rivals) for row in by_row}
-
-
-def of_one_machine(seeds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of a row that can be timed together: those of the machine that made the most."""
-    usual = statistics.mode(one.get("hardware") for one in seeds.values())
-    return [one for one in seeds.values() if one.get("hardware") == usual]
+    # Times of two machines do not compare: those count that were taken where plain training was.
+    timed = list(by_row.get("plain", {}).values()) or runs
+    machine = statistics.mode(one.get("hardware") for one in timed) if timed else None
+    return {row: _entry(row, by_row, rivals, machine) for row in by_row}
 
 
 def _entry(
-    row: str, by_row: dict[str, dict[int, dict[str, Any]]], rivals: Sequence[str]
+    row: str,
+    by_row: dict[str, dict[int, dict[str, Any]]],
+    rivals: Sequence[str],
+    machine: str | None,
 ) -> dict[str, Any]:
     seeds = by_row[row]
+    seconds = [one["seconds"] for one in seeds.values() if one.get("hardware") == machine]
     entry: dict[str, Any] = {
         "seeds": sorted(seeds),
         "accuracy": interval(one["last"] for one in seeds.values()),
         "best_epoch": interval(one["best"] for one in seeds.values()),
         "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
-        "seconds": round(statistics.mean(one["seconds"] for one in of_one_machine(seeds)), 1),
+        "seconds": round(statistics.mean(seconds), 1) if seconds else None,
         "passes": round(statistics.mean(one["passes"] for one in seeds.values())),
     }
     as_long = [name for name, (_, whom) in AS_LONG.items() if whom == row]
