@@ -1,7 +1,7 @@
 """The manifold: build, train, freeze, save, load and calibrate normalizing flows."""
 
 from .adapters import Decoder, NormflowsManifold
-from .calibration import calibrate, matching_eta, round_trip
+from .calibration import calibrate, matching_eta, recommended_eta, round_trip
 from .checkpoint import convert_checkpoint, load_flow, load_state, save_flow
 from .data import ImageData, load_images
 from .fold import freeze
@@ -34,6 +34,7 @@ __all__ = [
     "load_images",
     "load_state",
     "matching_eta",
+    "recommended_eta",
     "round_trip",
     "save_flow",
     "train_flow",
