@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ Mode = Literal["eval", "train"]
 Route = Literal["clean", "auxiliary"]
 Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
+Restless = MutableMapping[nn.Module, set[str]]
 
 _MANY = 256  # things that something holds, beyond which none of them is looked at
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+_RESTLESS: Restless = WeakKeyDictionary()  # the buffers that a module changes in eval mode too
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
@@ -177,12 +180,11 @@ class ModelHandle:
                 dtype = self.amp_dtype if low else None
                 warn_if_emulated(dtype, device.type, "leave amp_dtype out")
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
-            if self.mode == "train":
-                stack.enter_context(buffers_kept(modules))
-                if seed is not None:
-                    cuda = [device] if device.type == "cuda" else []
-                    stack.enter_context(torch.random.fork_rng(cuda))
-                    _seed(device, seed)
+            stack.enter_context(buffers_kept(modules, _RESTLESS if self.mode == "eval" else None))
+            if self.mode == "train" and seed is not None:
+                cuda = [device] if device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(cuda))
+                _seed(device, seed)
             try:
                 # Set flag by flag: a user's own train() may do more than set them.
                 for module in modules:
@@ -306,10 +308,13 @@ def _parts(model: Any) -> Iterable[nn.Module]:
     return {part: None for root in _roots(model) for part in root.modules()}
 
 
-def _roots(thing: Any, depth: int = 5, inside: bool = False) -> Iterator[nn.Module]:
+def _roots(
+    thing: Any, depth: int = 5, inside: bool = False, globals_too: int = 2
+) -> Iterator[nn.Module]:
     """The modules that something callable holds, or what it holds does.
 
-    Of an object the attributes are looked at, but not the objects among them (``inside``).
+    Of an object the attributes are looked at, but not the objects among them (``inside``); of a
+    function the global names that it uses, and of a function among these (``globals_too``).
     """
     thing = getattr(thing, "_orig_mod", thing)
     if isinstance(thing, nn.Module):
@@ -320,7 +325,10 @@ def _roots(thing: Any, depth: int = 5, inside: bool = False) -> Iterator[nn.Modu
         held, inside = list(getattr(thing, "__dict__", {}).values()), True
     if depth and held is not None and len(held) <= _MANY:
         for inner in held:
-            yield from _roots(inner, depth - 1, inside)
+            yield from _roots(inner, depth - 1, inside, globals_too)
+    if isinstance(thing, FunctionType) and depth and globals_too:
+        for named in _named_in(thing):
+            yield from _roots(named, depth - 1, inside, globals_too - 1)
 
 
 def _held_by(thing: Any) -> Sequence[Any] | None:
@@ -335,13 +343,18 @@ def _held_by(thing: Any) -> Sequence[Any] | None:
         return (thing.__self__,)
     wrapped = getattr(thing, "__wrapped__", None)
     wrapped = wrapped or getattr(thing, "_torchdynamo_orig_callable", None)
-    if wrapped is not None:
-        return (wrapped,)
+    held = [] if wrapped is None else [wrapped]
     if isinstance(thing, FunctionType):
-        named = (thing.__globals__.get(name) for name in thing.__code__.co_names)
-        held = [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
-        return held + [value for value in named if isinstance(value, nn.Module)]
-    return None
+        defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+        cells = (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
+        return [*held, *cells, *defaults]
+    return held or None
+
+
+def _named_in(function: FunctionType) -> list[Any]:
+    """What a function finds among global names."""
+    found = function.__globals__
+    return [found[name] for name in function.__code__.co_names if name in found]
 
 
 def _full(cell: Any) -> bool:
@@ -352,8 +365,13 @@ def _full(cell: Any) -> bool:
 
 
 @contextmanager
-def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+def buffers_kept(modules: Iterable[nn.Module], restless: Restless | None = None) -> Iterator[None]:
     """Their running statistics and other buffers, put back afterwards.
+
+    Args:
+        modules: Whose they are.
+        restless: Those of its modules that need it, by name, where that is known; learns it, by a
+            look at their values, of a module that it does not know. By default all.
 
     Example:
         >>> norm = torch.nn.BatchNorm1d(2)
@@ -362,10 +380,29 @@ def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0.])
     """
-    before = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
+    known: Restless = {} if restless is None else restless
+    asked = [(module, known.get(module)) for module in modules if module._buffers]
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module, names in asked
+        for name in (module._buffers if names is None else names)
+        if (buffer := module._buffers.get(name)) is not None
+    ]
     try:
         yield
+        if restless is not None:
+            restless.update({module: set() for module, names in asked if names is None})
+            for module, name, buffer, value in before:
+                if name not in restless[module] and _differs(
+                    module._buffers.get(name), buffer, value
+                ):
+                    restless[module].add(name)
     finally:
         for module, name, buffer, value in before:
             buffer.data.copy_(value)  # .data: a pending backward pass may have saved it
             module._buffers[name] = buffer  # the model may have put another one there
+
+
+def _differs(now: Tensor | None, before: Tensor, value: Tensor) -> bool:
+    """Whether a buffer is another one now, or has another value."""
+    return now is not before or not (before.is_meta or torch.equal(before, value))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.attack.model import _RESTLESS
 
 VARIANTS = {
     "pixel": {"eta": 0, "steps": 2},
@@ -458,6 +459,13 @@ def test_a_model_may_change_blends(options, network, digits, labels) -> None:
     assert torch.equal(x, digits[:8])
 
 
+_GLOBAL: dict[str, nn.Module] = {}
+
+
+def _by_name(x: Tensor) -> Tensor:
+    return _GLOBAL["net"](x)
+
+
 def test_any_callable_is_a_model(network, digits, labels) -> None:
     expected, _ = JointSpaceAdv(network, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
     before = state(network)
@@ -478,17 +486,51 @@ def test_any_callable_is_a_model(network, digits, labels) -> None:
     def outer(x: Tensor) -> Tensor:
         return closed(x)
 
+    @functools.wraps(apply)
+    def wrapper(x: Tensor) -> Tensor:
+        return network(x)
+
     holder, heads = Holder(), {"a": network}
+    _GLOBAL.update(net=network)
     closed = lambda x: {"logits": network(x)}  # noqa: E731
     models = (
         network.forward, closed, outer, functools.partial(network), holder, holder.ask,
         functools.partial(apply, network), functools.partial(lambda x, net: net(x), net=network),
         lambda x: holder(x), lambda x: heads["a"](x),
+        lambda x, m=network: m(x), lambda x, *, m=network: m(x), lambda x: _GLOBAL["net"](x),
+        lambda x: _by_name(x), wrapper,
     )  # fmt: skip
     for model in models:  # each in train mode, and frozen while it is attacked
         out, _ = JointSpaceAdv(model, eta=0, steps=2, generator=0)(digits[:8], labels[:8])
         assert torch.equal(out, expected)
         assert same(before, state(network))
+
+
+def test_buffers_that_change_in_eval_mode_come_back_too(network, digits, labels) -> None:
+    """As observers of a training that will be quantised, or a model that counts its calls."""
+
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 10)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("largest", torch.zeros(()))
+            self.register_buffer("still", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.largest = torch.maximum(self.largest, x.detach().max())
+            return super().forward(x.flatten(1))
+
+    net = Counting()
+    net(digits[:8] / 2)
+    before, largest = state(net), net.largest
+    attack = JointSpaceAdv(net, eta=0, eps=0.3, steps=3)
+    for _ in range(2):
+        attack(digits[:8], labels[:8])
+        assert same(before, state(net))
+        assert net.largest is largest
+    assert _RESTLESS[net] == {"calls", "largest"}
+    assert not any(_RESTLESS[part] for part in network.modules() if part in _RESTLESS)
 
 
 def test_dropout_of_train_mode_is_seeded(network, digits, labels) -> None:
