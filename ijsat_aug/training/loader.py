@@ -21,6 +21,7 @@ __all__ = ["AugmentedLoader", "collate"]
 T = TypeVar("T")
 
 _OWN = ("loader", "transform", "device", "plan", "epoch", "heard")  # the rest is the loader's
+_PLANNED = ("replay", "every", "epochs")
 
 
 class AugmentedLoader(Generic[T]):
@@ -79,7 +80,7 @@ class AugmentedLoader(Generic[T]):
         self.loader = loader
         self.transform = transform
         self.device = None if device is None else torch.device(device)
-        self.plan = Plan(replay, every, epochs or (0, None))
+        self.plan = Plan(replay, every, (0, None) if epochs is None else epochs)
         self.epoch = 0
         self.heard: int | None = None
         self._hear()
@@ -141,6 +142,10 @@ class AugmentedLoader(Generic[T]):
         return getattr(self.loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PLANNED:
+            raise AttributeError(
+                f"{name} of an AugmentedLoader is not set: make another one around its .loader."
+            )
         if name in _OWN or name.startswith("__"):
             object.__setattr__(self, name, value)
         else:
@@ -177,6 +182,8 @@ class Plan:
         if not (isinstance(self.epochs, (tuple, list)) and len(self.epochs) == 2):
             raise TypeError(f"epochs must be (first, end), got {self.epochs!r}.")
         first, end = self.epochs
+        if not (isinstance(first, Integral) and isinstance(end, Integral | None)):
+            raise TypeError(f"epochs must be whole numbers (first, end), got {self.epochs!r}.")
         if first < 0 or (end is not None and end < first):
             raise ValueError(f"epochs must be (first, end) in order, got {self.epochs!r}.")
 

@@ -82,6 +82,17 @@ def test_batches_keep_their_structure_on_the_way_to_the_device(make) -> None:
     assert out[1]["path"] == ["a", "b"]
 
 
+def test_a_worker_that_lost_the_model_is_told_where_it_is(data) -> None:
+    """As a spawned one has, into which a pickle brings no model."""
+    for transform in (JointSpaceAdv(None, eta=0), RobustMixup(num_classes=10)):
+        loader = DataLoader(
+            data, batch_size=8, collate_fn=collate(transform), num_workers=1,
+            multiprocessing_context="fork",
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"stale copy.*AugmentedLoader"):
+            next(iter(loader))
+
+
 def test_collate_runs_here_and_refuses_workers(data, network) -> None:
     function = collate(RobustMixup(network, num_classes=10))
     x, t = next(iter(DataLoader(data, batch_size=8, collate_fn=function)))
@@ -190,6 +201,17 @@ def test_a_loader_of_every_epoch_hears_it_too(data, network) -> None:
 def test_epochs_are_a_pair(data, network) -> None:
     with pytest.raises(TypeError, match=r"epochs must be \(first, end\), got 3"):
         AugmentedLoader(DataLoader(data), RobustMixup(network, num_classes=10), epochs=3)
+    for wrong in (0, (), (None, 5), (0.5, 2)):
+        with pytest.raises(TypeError, match="epochs must be"):
+            AugmentedLoader(DataLoader(data), RobustMixup(network, num_classes=10), epochs=wrong)
+
+
+def test_a_plan_is_not_assigned(data, network) -> None:
+    """The loader inside would take it, and nothing would come of it."""
+    loader = AugmentedLoader(DataLoader(data), RobustMixup(network, num_classes=10))
+    for name in ("replay", "every", "epochs"):
+        with pytest.raises(AttributeError, match=f"{name} of an AugmentedLoader is not set"):
+            setattr(loader, name, 2)
 
 
 @pytest.mark.parametrize("every", [1, 3])
