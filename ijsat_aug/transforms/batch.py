@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import EllipsisType
+from types import EllipsisType, MethodType
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from ..attack.model import Mode, Model, ModelHandle
 from .checks import check_images, check_place
 from .randomness import Randomness
 from .scale import Scale
-from .structure import LabelsGetter, Parts, take_apart
+from .structure import LabelsGetter, Parts, maker, take_apart
 
 __all__ = ["BatchTransform"]
 
@@ -70,8 +71,11 @@ class BatchTransform(nn.Module):
         (True, True)
     """
 
-    # Settings that are no attributes, and in which of them they are.
+    # Settings that are no attributes, and in which of them they are; those that stay as they were.
     _lies_in: ClassVar[Mapping[str, str]] = {}
+    _fixed: ClassVar[frozenset[str]] = frozenset(
+        ("mean", "std", "model_mode", "amp_dtype", "memory_format", "generator")
+    )
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class BatchTransform(nn.Module):
             raise ValueError('mode="append" needs fraction=1: a clean half and a new half.')
         self.p = p
         self.fraction = fraction
-        self.mode = mode
+        self._mode = mode
         self.scale = Scale.of(mean, std)
         self.labels_getter = labels_getter
         self.handle = ModelHandle(
@@ -114,7 +118,7 @@ class BatchTransform(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module would take any module, and shadow the property with a submodule.
-        if isinstance(getattr(type(self), name, None), property):
+        if name in self._fixed or isinstance(getattr(type(self), name, None), property):
             raise AttributeError(
                 f"{name} of a {type(self).__name__} is not set: make another one; .bind(model) "
                 "sets the model."
@@ -126,6 +130,11 @@ class BatchTransform(nn.Module):
                 f"dataclasses.replace(.{place}, {name}=...)."
             )
         super().__setattr__(name, value)
+
+    @property
+    def mode(self) -> Literal["replace", "append"]:
+        """Whether the new samples take the place of the batch, or stand behind it."""
+        return self._mode
 
     @property
     def needs_model(self) -> bool:
@@ -198,13 +207,16 @@ class BatchTransform(nn.Module):
         new, labels = self.replay(plain, labels, params)
         return new.as_subclass(type(images)), labels, params
 
-    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
+    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any, Tensor | None]:
         """The batch without its attack: how a replay begins, and what batches in between are.
+
+        Returns:
+            Images, labels, and which of them :meth:`follow` may move; None is all.
 
         Example:
             >>> from ijsat_aug import RobustMixup
             >>> mix = RobustMixup(torch.nn.Identity(), num_classes=3)
-            >>> x, y = mix.calm(torch.rand(3, 1, 4, 4), torch.arange(3))  # mixed, not attacked
+            >>> x, y, _ = mix.calm(torch.rand(3, 1, 4, 4), torch.arange(3))  # mixed, not attacked
             >>> y.shape
             torch.Size([3, 3])
         """
@@ -212,11 +224,12 @@ class BatchTransform(nn.Module):
         images = images.detach()
         if self.mode == "append":
             twice = torch.cat([images, images]).as_subclass(type(images))
-            return twice, _joined(labels, labels, len(images))
-        return images, labels
+            return twice, _joined(labels, labels, len(images)), None
+        return images, labels, None
 
     def _ask(self, needed: bool) -> None:
-        """Refuse to go on without a model that is needed."""
+        """Refuse to go on without a model that is needed; in a worker there should be none."""
+        check_place()
         if needed and self.model is None:
             raise ValueError(
                 f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
@@ -245,8 +258,10 @@ class BatchTransform(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has no attack that could follow a gradient.")
 
-    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
-        """The images of :meth:`calm`, moved along a gradient that came from elsewhere."""
+    def follow(
+        self, images: Tensor, labels: Any, gradient: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        """What :meth:`calm` gave, moved along a gradient that came from elsewhere."""
         self.check_replay()
         raise NotImplementedError
 
@@ -344,6 +359,28 @@ class BatchTransform(nn.Module):
                 twin._modules[name] = copy.copy(part)
         return twin
 
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        # Copied alone, it stays with the model that it had; so does what is bound to an object
+        # that is not copied.
+        stays = [] if memo else self._of_the_user()
+        bound = [each for each in self._callables() if isinstance(each, MethodType)]
+        stays += [each for each in bound if id(each.__self__) not in memo]
+        memo.update((id(thing), thing) for thing in stays)
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def _of_the_user(self) -> list[Any]:
+        """What is not this transform's own: models, and what asks them."""
+        inside = [part for part in self.modules() if isinstance(part, BatchTransform)]
+        models = [part.model for part in inside]
+        parts = [part for one in models if isinstance(one, nn.Module) for part in one.modules()]
+        return [*models, *parts]
+
+    def _callables(self) -> list[Any]:
+        """The user's callables that may be bound to an object."""
+        return [self.labels_getter]
+
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
         kind = type(self.model).__name__ if self.model is not None else None
@@ -438,16 +475,25 @@ def _each_label(
 ) -> Any:  # fmt: skip
     """What becomes of labels of one structure: tensors, lists of one a sample, or several of them.
 
-    What is none of these, such as the name of a dataset, stays as it is.
+    What is none of these, such as the name of a dataset or weights of the classes, stays as it is.
     """
     first = labels[0]
     again = partial(_each_label, of_tensors, of_samples, count)
     if isinstance(first, Tensor):
-        return of_tensors(*labels)
+        return of_tensors(*labels) if _one_each(first, count) else first
+    if isinstance(first, np.ndarray):
+        one_each = _one_each(first, count)
+        return np.asarray(of_samples(*labels), first.dtype) if one_each else first
     if isinstance(first, Mapping):
         return {name: again(*(one[name] for one in labels)) for name in first}
     if not isinstance(first, (list, tuple)):
         return first
-    if all(isinstance(f, Tensor) and f.ndim > 0 and len(f) == count for f in first):
-        return [again(*fields) for fields in zip(*labels, strict=True)]
-    return of_samples(*labels) if len(first) == count else first
+    if all(isinstance(f, Tensor) and _one_each(f, count) for f in first):
+        return maker(first)([again(*fields) for fields in zip(*labels, strict=True)])
+    of_each = type(first) in (list, tuple) and len(first) == count
+    return type(first)(of_samples(*labels)) if of_each else first
+
+
+def _one_each(array: Any, count: int) -> bool:
+    """Whether a tensor or an array holds something for every sample."""
+    return array.ndim > 0 and len(array) == count

@@ -177,6 +177,7 @@ class JointSpaceAdv(BatchTransform):
             self.threat.check_start(pixel=random_start, latent=random_start)
         if choose not in ("random", "hardest"):
             raise ValueError(f'choose must be "random" or "hardest", got {choose!r}.')
+        self._usual_eta = self.threat.eta if eta is None else None
         self.target = target
         self.random_start = random_start
         self.choose = choose
@@ -241,6 +242,7 @@ class JointSpaceAdv(BatchTransform):
                 self._tell_once("size", partial(_of_another_size, flow, images))
             if needs_labels(flow):
                 self._classes(images, labels)
+            self._fitted(images)
         self._labels(images, labels)
 
     def draw(self, images: Tensor, labels: Any) -> dict[str, Any] | None:
@@ -293,6 +295,9 @@ class JointSpaceAdv(BatchTransform):
         self.last = outcome.facts
         return outcome.images, labels
 
+    def _callables(self) -> list[Any]:
+        return [*super()._callables(), self.threat.objective]
+
     def check_replay(self) -> None:
         """Refuse what is not one step of the batch itself, away from its labels."""
         if self.mode == "append":
@@ -312,7 +317,9 @@ class JointSpaceAdv(BatchTransform):
                 f"{', '.join(wrong)}."
             )
 
-    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+    def follow(
+        self, images: Tensor, labels: Any, gradient: Tensor, index: Tensor | None = None
+    ) -> Tensor:
         """The images, one linear step along a gradient that the training step found.
 
         Example:
@@ -327,7 +334,7 @@ class JointSpaceAdv(BatchTransform):
         scores = None
         if self.choose == "hardest":
             scores = gradient.flatten(1).float().norm(dim=1).nan_to_num(0)
-        index = self.choose_samples(gradient, scores)
+        index = self.choose_samples(gradient, scores)  # a batch is calm as a whole
         move = partial(self._along, step)
         moved, self.last = of_some(index, move, images, labels, gradient)
         return moved
@@ -370,7 +377,14 @@ class JointSpaceAdv(BatchTransform):
             low = getattr(getattr(flow, "flow", flow), "compute_dtype", None)
             warn_if_emulated(low, images.device.type, "leave compute_dtype of load_flow out")
             self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
+            self._suit(check_manifold(self._fit[1]))
         return check_manifold(self._fit[1])
+
+    def _suit(self, flow: Manifold) -> None:
+        """Take the usual radius of this flow, as in L2 it grows with the number of its tiles."""
+        if self.threat.eta == self._usual_eta:
+            self._usual_eta = recommended_eta(flow, self.threat.latent_norm)
+            self.threat = replace(self.threat, eta=self._usual_eta)
 
     def _tell_once(self, subject: str, message: Callable[[], str]) -> None:
         if subject not in self._told:

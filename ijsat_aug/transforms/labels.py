@@ -109,7 +109,7 @@ def soft_labels(
                 f"the labels have {target.shape[1]} classes, num_classes is {num_classes}."
             )
         exact = target.dtype == labels.dtype
-        return target.float() if exact else _summing_to_one(target)
+        return target.float() if exact or rows == "labels" else _summing_to_one(target)
     if num_classes is None:
         raise ValueError("class numbers need num_classes= to become probabilities.")
     if values and count:

@@ -152,7 +152,7 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
     """
 
     def call(images: Tensor, targets: Tensor) -> Tensor:
-        out = attack(images, targets)
+        out = attack(images.clone(), targets)  # which may write on what it gets
         moved = out[0] if isinstance(out, (tuple, list)) and out else out
         if not isinstance(moved, Tensor) or moved.shape != images.shape:
             got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
@@ -160,7 +160,7 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
                 f"attack must return images of shape {tuple(images.shape)}, alone or before the "
                 f"targets; got {got}."
             )
-        return moved.detach()
+        return moved.detach().to(images.dtype)
 
     return call
 

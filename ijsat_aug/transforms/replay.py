@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .batch import BatchTransform
+from .climb import usable
 
 __all__ = ["replay"]
 
@@ -41,14 +42,15 @@ def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
         yield from (batch for _ in range(times))
         return
     parts = transform.parts_of((batch,))
-    calm, labels = transform.calm(parts.images, parts.labels)
-    images = calm
+    calm, labels, index = transform.calm(parts.images, parts.labels)
+    images = calm = usable(calm)
     for turn in range(times):
         # Shown as a copy: a loop that changes its images in place may not change a leaf.
         leaf = images.detach().requires_grad_(turn + 1 < times)
         yield parts.rebuild(leaf.clone() if leaf.requires_grad else leaf, labels)
         if turn + 1 < times:
-            images = transform.follow(calm, labels, _gradient(leaf)).as_subclass(type(calm))
+            moved = transform.follow(calm, labels, _gradient(leaf), index)
+            images = moved.as_subclass(type(calm))
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class RobustMixup(BatchTransform):
     _lies_in: ClassVar = {field.name: "mix" for field in fields(Mix)} | {
         name: "attack.threat" for name in _BUILT_IN if name != "random_start"
     }
+    _fixed: ClassVar = BatchTransform._fixed | {"random_start", "flow"}
 
     def __init__(
         self,
@@ -163,7 +164,6 @@ class RobustMixup(BatchTransform):
         if not per_sample:
             check_one_weight(draws, lam_steps)
         self.draws = draws
-        self._mixed: Tensor | None = None  # the samples that a calm batch has mixed
         own: dict[str, Any] = {
             "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
             "objective": objective, "random_start": random_start,
@@ -273,17 +273,16 @@ class RobustMixup(BatchTransform):
             weighed=self._weighs,
         ).detach()  # fmt: skip
 
-    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
-        """The mixed batch, whose blends nothing has attacked."""
+    def calm(self, images: Tensor, labels: Any) -> tuple[Tensor, Any, Tensor | None]:
+        """The mixed batch, whose blends nothing has attacked, and which they are."""
         self._ask(self._weighs)
         plain, targets = self._admitted(images, labels)
         params = self._draw(plain, targets, self._mixing)
         if params is None:
-            self._mixed = torch.empty(0, dtype=torch.long, device=images.device)
-            return images.detach(), targets
-        self._mixed = params.get("index")
+            none = torch.empty(0, dtype=torch.long, device=images.device)
+            return images.detach(), targets, none
         mixed, targets = self.replay(plain, targets, params | {"attack": None})
-        return mixed.as_subclass(type(images)), targets
+        return mixed.as_subclass(type(images)), targets, params.get("index")
 
     def check_replay(self) -> None:
         """Refuse what is not a plain blend, or does not move as it comes."""
@@ -294,7 +293,9 @@ class RobustMixup(BatchTransform):
             )
         self.climb.check_replay()
 
-    def follow(self, images: Tensor, labels: Any, gradient: Tensor) -> Tensor:
+    def follow(
+        self, images: Tensor, labels: Any, gradient: Tensor, index: Tensor | None = None
+    ) -> Tensor:
         """The mixed batch, whose blends move along a gradient as the attack moves them."""
         self.check_replay()
         attack = cast(BatchTransform, self.climb)
@@ -304,7 +305,7 @@ class RobustMixup(BatchTransform):
         def move(*some: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return attack.follow(*some), attack.last
 
-        moved, facts = of_some(self._mixed, move, images, labels, gradient)
+        moved, facts = of_some(index, move, images, labels, gradient)
         self.last |= facts
         return moved
 
@@ -367,6 +368,15 @@ class RobustMixup(BatchTransform):
         if attack.random.is_global:
             attack.random = self.random
         attack._seen = self._seen  # looks at values as often as this transform: once on a device
+
+    def __copy__(self) -> RobustMixup:
+        twin = super().__copy__()
+        if twin.climb is not None:
+            twin.climb._seen = twin._seen
+        return twin
+
+    def _of_the_user(self) -> list[Any]:
+        return [*super()._of_the_user(), *self._other_attack]
 
     def _call(self, params: dict[str, Any]) -> Attack | None:
         """The attack with what it drew; nothing where it is told to rest."""

@@ -52,7 +52,7 @@ def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
     if isinstance(only, Mapping):
         return _mapping(only, labels_getter)
     if isinstance(only, (tuple, list)) and only:
-        return _sequence(only, _maker(only), labels_getter)
+        return _sequence(only, maker(only), labels_getter)
     return Parts(only, None, lambda images, labels: images)
 
 
@@ -167,7 +167,7 @@ def _get(getter: LabelsGetter, batch: Any) -> Any:
     raise ValueError(f"the batch has no labels under {getter!r}; check labels_getter.")
 
 
-def _maker(batch: Any) -> Callable[[list[Any]], Any]:
+def maker(batch: Any) -> Callable[[list[Any]], Any]:
     if hasattr(batch, "_make"):  # a named tuple
         return type(batch)._make  # type: ignore[no-any-return]
     return type(batch)

@@ -217,10 +217,10 @@ def test_a_replay_moves_the_blends_alone(options, count, net, digits, labels) ->
     mixed = []
     calm = mix.calm
 
-    def spied(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        blends, soft = calm(images, targets)
+    def spied(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        blends, soft, index = calm(images, targets)
         mixed.append((blends != images).flatten(1).any(1).nonzero().flatten().tolist())
-        return blends, soft
+        return blends, soft, index
 
     mix.calm = spied
     found = moves(mix, net, digits, labels)
@@ -228,6 +228,33 @@ def test_a_replay_moves_the_blends_alone(options, count, net, digits, labels) ->
     assert [len(one) for one in found] == [count] * 3
     if 0 < count < 8:
         assert mix.last["pixel_norm"].count_nonzero() == count
+
+
+def test_two_loops_of_one_transform_move_their_own_blends(net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, eps=0.1, fraction=0.5, generator=0)
+    mix.climb.random_start = False
+    loops = [AugmentedLoader(loader(digits, labels, size=s), mix, replay=2) for s in (8, 6)]
+    shown: list[list[Tensor]] = [[], []]
+    for batches in zip(*loops, strict=False):
+        for (x, y), seen in zip(batches, shown, strict=True):
+            F.cross_entropy(net(x), y).backward()
+            seen.append(x.detach().clone())
+    for seen, size in zip(shown, (8, 6), strict=True):
+        for number, (calm, moved) in enumerate(zip(seen[::2], seen[1::2], strict=False)):
+            images = digits[number * size : (number + 1) * size]
+            changed = [(a != b).flatten(1).any(1) for a, b in ((calm, images), (moved, calm))]
+            assert torch.equal(*changed)
+            assert changed[0].sum() == size // 2
+
+
+def test_batches_of_inference_mode(net, digits, labels, flow) -> None:
+    with torch.inference_mode():
+        images = digits[:8].clone()
+    adv = JointSpaceAdv(net, flow)
+    seen = shown(AugmentedLoader([(images, labels[:8])], adv, replay=2), net)
+    (calm, _), (moved, _) = seen
+    assert torch.equal(calm, digits[:8])
+    assert not torch.equal(moved, calm)
 
 
 def test_an_attack_that_rests_does_so_in_a_replay(net, digits, labels) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug import BatchTransform, JointSpaceAdv, RobustMixup
+from ijsat_aug.flows import Tiles
 from ijsat_aug.functional import joint_space_adv, robust_mixup
 from ijsat_aug.transforms.replay import replay
 
@@ -169,3 +171,121 @@ def test_a_setting_that_would_stay_without_effect_is_not_assigned(network, digit
         with pytest.raises(AttributeError, match=rf"lies in its \.{place}"):
             setattr(mix, name, 1)
     mix.alpha = 0.2  # an attribute
+    for transform in (attack, mix):
+        for name in ("mean", "std", "mode", "model_mode", "amp_dtype", "generator"):
+            with pytest.raises(AttributeError, match=f"{name} of a .* is not set: make another"):
+                setattr(transform, name, 1)
+    for name in ("flow", "random_start"):
+        with pytest.raises(AttributeError, match=f"{name} of a RobustMixup is not set"):
+            setattr(mix, name, None)
+
+
+def test_a_transform_that_is_copied_alone_stays_with_its_model(digits, labels) -> None:
+    """Also where its objective or its attack know that model."""
+
+    class Learner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+            self.augment = JointSpaceAdv(self.net, eta=0, objective=self.loss)
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    class Foreign:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+            return images
+
+    learner = Learner()
+    for alone in (copy.deepcopy(learner.augment), copy.deepcopy([learner.augment])[0]):
+        assert alone.model is learner.net
+        assert alone.threat.objective.__self__ is learner
+    whole = copy.deepcopy(learner)
+    assert whole.augment.model is whole.net
+    assert whole.augment.threat.objective.__self__ is whole
+    mix = RobustMixup(learner.net, num_classes=10, attack=Foreign(learner.net))
+    assert copy.deepcopy(mix).attack.model is copy.deepcopy(mix).model is learner.net
+    ijsat = copy.deepcopy(RobustMixup(learner.net, num_classes=10, attack=learner.augment))
+    assert ijsat.model is ijsat.attack.model is learner.net
+    assert torch.isfinite(ijsat(digits[:6], labels[:6])[0]).all()
+
+
+def test_a_copy_looks_at_values_as_seldom(network, digits, labels) -> None:
+    twin = copy.copy(RobustMixup(network, num_classes=10))
+    twin(digits[:6], labels[:6])
+    assert twin.climb._seen is twin._seen
+
+
+def test_a_foreign_attack_leaves_batch_and_precision(digits, labels) -> None:
+    x, y = digits[:6].half(), labels[:6]
+    before = x.clone()
+
+    def darker(images: Tensor, targets: Tensor) -> Tensor:
+        return images.mul_(0.5).float()
+
+    for options in ({}, {"mode": "append"}, {"order": "attack-mix"}):
+        mix = RobustMixup(num_classes=10, attack=darker, **options)
+        assert mix(x, y)[0].dtype == torch.float16
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("objective", ["bce", "ce"])
+def test_only_probabilities_are_brought_to_a_sum_of_one(objective, network, digits) -> None:
+    rows = torch.tensor([[0.5, 0.5039] + [0] * 8] * 4).bfloat16()
+    attack = JointSpaceAdv(network, eta=0, objective=objective)
+    _, out = RobustMixup(network, attack=attack, alpha=1e9)(digits[:4], rows)
+    total = out.sum(1)
+    assert torch.allclose(total, torch.ones(4) if objective == "ce" else rows.float().sum(1))
+
+
+def test_labels_of_other_shapes_stay_what_they_are(digits, labels) -> None:
+    """Per-sample parts are chosen and doubled; weights of classes and numbers are not."""
+    Kind = namedtuple("Kind", ["of_what", "how_much"])
+    seen = []
+
+    class Watched(BatchTransform):
+        def make_params(self, images, labels):
+            return {}
+
+        def transform(self, images, labels, params):
+            seen.append(labels)
+            return images, labels
+
+    x, y = digits[:4], labels[:4]
+    weights, number = torch.ones(10), torch.tensor(3.0)
+    many = {"kind": y, "w": weights, "n": number, "array": y.numpy(), "name": ("a", "b", "c", "d")}
+    Watched(nn.Identity(), fraction=0.5, labels_getter=lambda batch: many)((x, many))
+    (some,) = seen
+    assert len(some["kind"]) == len(some["array"]) == len(some["name"]) == 2
+    assert some["w"] is weights
+    assert some["n"] is number
+    assert isinstance(some["name"], tuple)
+    second = {"mode": "append", "labels_getter": lambda batch: batch[1]}
+    for both in (Kind(y, y), (y, y)):
+        doubled = Watched(nn.Identity(), **second)((x, both))[1]
+        assert type(doubled) is type(both)
+        assert [len(part) for part in doubled] == [8, 8]
+    doubled = Watched(nn.Identity(), **second)((x, y.numpy()))[1]
+    assert isinstance(doubled, np.ndarray)
+    assert doubled.tolist() == [*y.tolist(), *y.tolist()]
+
+
+@pytest.mark.filterwarnings("ignore:the flow takes images of")
+def test_the_usual_radius_of_tiles_is_that_of_their_number(flow) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    x, y = torch.rand(2, 1, 16, 16), torch.tensor([3, 1])
+    made = [
+        JointSpaceAdv(net, Tiles(flow, size), eps=0, latent_norm="l2", steps=2, method="exact")
+        for size in ((8, 14), (16, 16))
+    ]
+    few, many = (attack.threat.eta for attack in made)
+    assert few < many
+    for attack in made:
+        attack(x, y)
+        assert attack.threat.eta == many
+    made[0].threat = replace(made[0].threat, eta=few)
+    made[0](torch.rand(2, 1, 16, 16), y)
+    assert made[0].threat.eta == few  # as it was asked for
