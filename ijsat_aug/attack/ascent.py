@@ -155,7 +155,8 @@ class Ascent:
         values: The variables there.
         first: ``(B,)`` losses at the start.
         last: ``(B,)`` losses of the last image that the model saw; with ``best``, of ``image``.
-        finite: ``(B,)`` whether the image, the losses and every gradient were finite.
+        finite: ``(B,)`` whether the image, the losses and every gradient were finite; with
+            ``best``, whether the image and its own loss are.
 
     Example:
         >>> zeros = torch.zeros(2)
@@ -216,7 +217,7 @@ def ascend(
         if worst is None:
             return finish(landscape.picture(values), values, first, sight.losses, doubt)
         worst = _worse(worst, look(landscape, values))
-        return finish(worst.image, worst.values, first, worst.losses, doubt)
+        return finish(worst.image, worst.values, first, worst.losses, None)
 
 
 def begin(variables: Mapping[str, Variable]) -> Values:
@@ -261,9 +262,12 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *(1,) * (no.ndim - 1)), yes, no)
 
 
-def finish(image: Tensor, values: Values, first: Tensor, last: Tensor, doubt: Tensor) -> Ascent:
-    """The outcome, without graph."""
-    finite = image.isfinite().flatten(1).all(1) & (doubt + first + last).isfinite()
+def finish(
+    image: Tensor, values: Values, first: Tensor, last: Tensor, doubt: Tensor | None
+) -> Ascent:
+    """The outcome, without graph; no doubt is where the loss of the image itself tells enough."""
+    sound = last if doubt is None else doubt + first + last
+    finite = image.isfinite().flatten(1).all(1) & sound.isfinite()
     values = {name: value.detach() for name, value in values.items()}
     return Ascent(image.detach(), values, first.detach(), last.detach(), finite)
 
@@ -271,7 +275,7 @@ def finish(image: Tensor, values: Values, first: Tensor, last: Tensor, doubt: Te
 def _worse(worst: Sight | None, sight: Sight) -> Sight:
     if worst is None:
         return sight
-    worse = sight.losses > worst.losses
+    worse = (sight.losses > worst.losses) | worst.losses.isnan()
     with torch.no_grad():
         values = {n: select(worse, new, worst.values[n]) for n, new in sight.values.items()}
         image = select(worse, sight.image, worst.image)

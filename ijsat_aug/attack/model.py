@@ -106,6 +106,11 @@ class ModelHandle:
             self._model, self._copies = self._copies.get(id(self._model), self._model), {}
         return self._model
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules of the model, or behind a callable that is none."""
+        return list(_parts(self.model))
+
     def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
         """A handle on another model, with the same settings but for ``route``."""
         return ModelHandle(
@@ -166,7 +171,7 @@ class ModelHandle:
             device: Where the images are.
             seed: Of dropout in ``mode="train"``; the global generator is then left alone.
         """
-        modules = list(_parts(self.model))
+        modules = self.modules
         modes = [module.training for module in modules]
         split = [(m, m.route) for m in modules if hasattr(m, "route") and hasattr(m, "auxiliary")]
         if self.route == "auxiliary":

@@ -11,6 +11,7 @@ from ..flows.checkpoint import load_flow
 from ..flows.data import ImageData, load_images
 from ..flows.files import check_target, write_atomically
 from ..models import load_model
+from .corruptions.files import CorruptionFiles
 from .render import to_html, to_markdown
 from .report import Report
 from .run import checked, evaluate
@@ -67,7 +68,8 @@ def run(
     manifold = None if flow is None else load_flow(flow)
     network = load_model(model, weights)
     data = load_images(source, size=size, root=root, train=False)
-    data = _some(data, limit, first=corruption_files is not None)
+    theirs = corruption_files is not None and CorruptionFiles(corruption_files).foreign
+    data = _some(data, limit, first=theirs)
     if data.labels is None:
         raise ValueError(
             f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
@@ -104,7 +106,7 @@ def _device(name: str | None) -> torch.device:
 def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
     """The first images; of those that are sorted by class, as a folder, evenly spaced ones.
 
-    Files of corruptions hold the images in their order, of which they are the ``first``.
+    Files of corruptions that others wrote hold the images in their order: there the ``first``.
     """
     count = len(data.images)
     if limit is None or limit >= count:

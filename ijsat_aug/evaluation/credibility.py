@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,9 @@ def doubts(victim: Victim, images: Tensor, labels: Tensor, seed: int = 0) -> lis
     training = isinstance(victim.model, nn.Module) and victim.model.training
     with victim.frozen():
         logits = victim(images).detach()
+        lost = ~logits.isfinite().all(1)
+        if lost.any():
+            return [_not_finite(float(lost.float().mean()))]
         right = logits.argmax(1) == labels
         x, y = images[right], labels[right]
         found = [
@@ -72,19 +74,28 @@ def black_box_wins(right: Mapping[str, int], count: int) -> str | None:
 
     Example:
         >>> black_box_wins({"APGD-CE": 50, "FAB-T": 50, "Square": 40}, 100)[:57]
-        'Square, an attack without gradients, fools 10.0% of the i'
+        'Square, an attack without gradients, fools 20.0% of the i'
     """
     parts = list(right.items())
     names = [name for name, _ in parts]
     if "Square" not in names or names.index("Square") == 0:
         return None
     place = names.index("Square")
-    gained = (parts[place - 1][1] - parts[place][1]) / count
-    if gained <= 0.002:
+    left = parts[place - 1][1]
+    gained = left - parts[place][1]
+    if gained <= 0.002 * count:
         return None
     return (
-        f"Square, an attack without gradients, fools {gained:.1%} of the images that gradients "
-        "could not change: the model may hide its gradients, and be less robust than it seems."
+        f"Square, an attack without gradients, fools {gained / left:.1%} of the images that "
+        "gradients could not change: the model may hide its gradients, and be less robust than it "
+        "seems."
+    )
+
+
+def _not_finite(share: float) -> str:
+    return (
+        f"The model answers {share:.0%} of the images with no finite numbers: they count as wrong, "
+        "and no other doubt was looked into."
     )
 
 
@@ -147,13 +158,14 @@ def _no_gradient(victim: Victim, x: Tensor, y: Tensor) -> str | None:
     if share == 0:
         return None
     return (
-        f"{share:.0%} of the images have no gradient at all: attacks that follow it stay where "
-        "they are. A quantised or saturated model needs attacks made for it."
+        f"{share:.0%} of the images have no gradient at all, or none that is a number: attacks "
+        "that follow it stay where they are. A quantised or saturated model needs attacks made for "
+        "it."
     )
 
 
 def _is_zero(gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).abs().amax(1) == 0
+    return ~(gradient.flatten(1).abs().amax(1) > 0)  # NaN is no way either
 
 
 def _more_steps_are_weaker(victim: Victim, x: Tensor, y: Tensor) -> str | None:
@@ -200,7 +212,7 @@ def _noise_wins(victim: Victim, x: Tensor, y: Tensor, attacked: Tensor, draws: D
 def _depends_on_statistics(
     victim: Victim, clean: Tensor, attacked: Tensor, y: Tensor
 ) -> str | None:
-    norms = _batch_norms(victim.model)
+    norms = _batch_norms(victim)
     if not norms or len(clean) < 16:
         return None
     frozen = _right(victim, attacked, y)
@@ -227,10 +239,10 @@ def _right(victim: Victim, x: Tensor, y: Tensor) -> float:
     return float((victim.predict(x) == y).float().mean())
 
 
-def _batch_norms(model: Callable[..., Any]) -> list[nn.Module]:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+def _batch_norms(victim: Victim) -> list[nn.Module]:
     kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in modules if isinstance(m, kind) and m.running_mean is not None]
+    found = [m for m in victim.handle.modules if isinstance(m, kind)]
+    return [norm for norm in found if norm.running_mean is not None]
 
 
 @contextmanager

@@ -41,7 +41,9 @@ class Display:
     def start(self, entry: Entry, count: int) -> None:
         """A threat begins on so many images."""
         if self._bars is not None:
-            self._task = self._bars.add_task(entry.label, total=count, text="")
+            from rich.markup import escape
+
+            self._task = self._bars.add_task(escape(entry.label), total=count, text="")
 
     def advance(self, count: int) -> None:
         """So many images are done."""
@@ -65,5 +67,6 @@ class Display:
         """A result was there already."""
         if self._bars is not None and result.kind != "corruption":
             self._bars.console.print(
-                f"{result.label:<28} {result.accuracy.value:6.1%} right, from an earlier run"
+                f"{result.label:<28} {result.accuracy.value:6.1%} right, from an earlier run",
+                markup=False,
             )

@@ -27,15 +27,17 @@ def to_table(report: Report, against: Report | None = None) -> Any:
         1
     """
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=_title(report, against), caption="\n".join(_remarks(report)) or None)
+    remarks = "\n".join(_remarks(report))
+    table = Table(title=Text(_title(report, against)), caption=Text(remarks) if remarks else None)
     for name in _columns(against):
         left = name in ("threat", "budget")
         table.add_column(name, justify="left" if left else "right")
     for _, group in groupby(rows(report, against), key=lambda row: row.part):
         for row in group:
             style = "bold" if row.strong else None
-            table.add_row(*_cells(row, against), style=style)
+            table.add_row(*map(Text, _cells(row, against)), style=style)
         table.add_section()
     return table
 

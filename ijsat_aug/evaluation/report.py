@@ -228,7 +228,7 @@ class Report:
                 values["settings"], results, tuple(values["warnings"]), tuple(values["truth"]),
                 classes,
             )  # fmt: skip
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no report of an evaluation.") from error
 
 

@@ -77,7 +77,7 @@ def evaluate(
         batch_size: Halved where the memory does not suffice.
         seed: Of random starts and corruptions.
         folder: Keeps each finished result there and goes on from there.
-        overwrite: Replaces what another model or setting left in the folder.
+        overwrite: Replaces what is in the folder, of whatever model and settings.
         progress: Shows bars with images per second and the time left.
         name: Of the model, in tables.
 
@@ -100,13 +100,17 @@ def evaluate(
             "them out with corruptions=()."
         )
     settings = {
-        "name": name, "model": fingerprint(victim.model), "data": fingerprint(x, y),
+        "name": name, "model": victim.fingerprint(), "data": fingerprint(x, y),
         "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
         "flow": None if flow is None else fingerprint(_weights(flow)), "version": __version__,
     }  # fmt: skip
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     check_logits(logits, 1, y, values=True)
+    if logits.isnan().any():
+        raise ValueError(
+            "the model's first answer is no number (NaN): its weights are damaged or have diverged."
+        )
     if classes is not None and len(classes) != logits.shape[1]:
         raise ValueError(
             f"there are {len(classes)} classes of images, and the model tells {logits.shape[1]} "

@@ -23,7 +23,7 @@ class Store:
     Args:
         folder: Made when it is missing; None keeps nothing.
         settings: What the results depend on, as JSON takes it.
-        overwrite: Forget what other settings left there.
+        overwrite: Forget what is there.
 
     Example:
         >>> import tempfile
@@ -46,14 +46,14 @@ class Store:
         # The same model may answer a little differently, as on another machine.
         if before is not None and _alike(before.get("logits"), wanted.get("logits")):
             wanted["logits"] = before["logits"]
-        if before is not None and before != wanted:
-            if not overwrite:
-                other = [k for k in {*before, *wanted} if before.get(k) != wanted.get(k)]
-                other = sorted({"model" if k in ("logits", "parts") else k for k in other})
-                raise ValueError(
-                    f"{self.folder} holds results of another {', '.join(other)}: choose another "
-                    "folder, or pass overwrite=True (--overwrite)."
-                )
+        if before is not None and before != wanted and not overwrite:
+            other = [k for k in {*before, *wanted} if before.get(k) != wanted.get(k)]
+            other = sorted({"model" if k in ("logits", "parts") else k for k in other})
+            raise ValueError(
+                f"{self.folder} holds results of another {', '.join(other)}: choose another "
+                "folder, or pass overwrite=True (--overwrite)."
+            )
+        if before is not None and overwrite:
             for file in self.folder.glob("result-*.json"):
                 file.unlink()
         if before != wanted:

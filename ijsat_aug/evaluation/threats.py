@@ -136,7 +136,7 @@ def make_threat(
     if name in ("om", "jsa"):
         return _manifold(name, budget, eta if name == "jsa" else budget, steps, flow, shape)
     info = SPACES[name]
-    budget, steps = budget if budget is not None else info.budget, steps or info.steps
+    budget, steps = budget if budget is not None else info.usual(shape), steps or info.steps
     # Whether it can be made of such images shows now, not after the threats before it.
     info.space(torch.zeros(1, *shape), budget, steps, Draws(0, name, [0]).uniform)
     attack = unseen(info.space, budget, steps)
@@ -198,7 +198,9 @@ def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]
     norm: Norm = "l2" if name.endswith("l2") else "linf"
     usual = {"linf": 8 / 255, "l2": math.sqrt(math.prod(shape) / 3072)}
     eps = usual[norm] if budget is None else budget
-    shown = _show(eps) if norm == "linf" else f"{eps:.3g}"
+    if norm == "linf":
+        _check_range(eps)
+    shown = _show(eps) if norm == "linf" else _rounded(eps, budget)
     title = "L2" if norm == "l2" else "L∞"
     if name.startswith("autoattack"):
         if steps is not None:
@@ -221,6 +223,7 @@ def _manifold(
         raise ValueError(f"{name!r} moves along a manifold: give a flow.")
     # Whether it takes such images shows now, not after the threats before it.
     at_size(check_channels(flow, torch.empty(1, *shape)), (shape[1], shape[2]))
+    given = eta
     if eta is None:
         try:
             eta = recommended_eta(getattr(flow, "flow", flow), "linf")
@@ -232,12 +235,13 @@ def _manifold(
     count = steps or 50
     if name == "om":
         return Threat(
-            name, "on manifold (OM-PGD)", "manifold", f"η {eta:.3g}", count,
+            name, "on manifold (OM-PGD)", "manifold", f"η {_rounded(eta, given)}", count,
             "Lin et al., 2020", joint(flow, "linf", 0.0, eta, count),
         )  # fmt: skip
     eps = budget if budget is not None else 8 / 255
+    _check_range(eps)
     return Threat(
-        name, "joint space (JSA)", "manifold", f"{_show(eps)}, η {eta:.3g}", count,
+        name, "joint space (JSA)", "manifold", f"{_show(eps)}, η {_rounded(eta, given)}", count,
         "Lau et al., 2023", joint(flow, "linf", eps, eta, count),
     )  # fmt: skip
 
@@ -245,6 +249,19 @@ def _manifold(
 def _show(eps: float) -> str:
     levels = eps * 255
     return f"{levels:g}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def _rounded(radius: float, given: float | None) -> str:
+    """As it was given: budgets that look alike count as the same."""
+    return f"{radius:.3g}" if given is None else f"{radius:.6g}"
+
+
+def _check_range(eps: float) -> None:
+    if eps > 1:
+        raise ValueError(
+            f"a budget of {eps:g} is wider than the whole range of pixels, [0, 1]: did you mean "
+            f"{eps:g}/255?"
+        )
 
 
 def _budget(text: str) -> float:

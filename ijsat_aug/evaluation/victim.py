@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attack.model import Model, ModelHandle
 from ..transforms.scale import Scale
+from .store import fingerprint
 
 __all__ = ["Found", "Victim"]
 
@@ -63,15 +64,19 @@ class Victim:
     @property
     def parts(self) -> list[str]:
         """The kinds of its modules."""
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        return sorted({type(module).__qualname__ for module in modules})
+        return sorted({type(module).__qualname__ for module in self.handle.modules})
+
+    def fingerprint(self) -> str:
+        """What tells it from others: weights, and of a function those of the modules behind it."""
+        behind = () if isinstance(self.model, nn.Module) else self.handle.modules
+        return fingerprint(self.model, *behind)
 
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
-        model = self.model
-        tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        return tensors[0].device if tensors else torch.device("cpu")
+        parts = self.handle.modules
+        tensors = (t for m in parts for t in (*m.parameters(False), *m.buffers(False)))
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -86,5 +91,6 @@ class Victim:
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
-        """Classes."""
-        return self(pixels).argmax(1)
+        """Classes; -1 where the answer is no number, which is right of no image."""
+        logits = self(pixels)
+        return logits.argmax(1).where(~logits.isnan().any(1), -1)

@@ -100,7 +100,8 @@ class JointSpaceAdv(BatchTransform):
         last: Of the last batch, ``(B,)`` each: ``loss_start``; ``loss`` of the last image that the
             model saw, NaN where a sample was left alone; ``pixel_norm`` and ``latent_norm`` of the
             moves; ``fallback``, where a gradient or a decode was not finite and the image came back
-            as it was.
+            as it was; with ``best`` a gradient does not matter, as the loss of what comes back is
+            known.
 
     Example:
         >>> import ijsat_aug

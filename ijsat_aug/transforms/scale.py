@@ -45,6 +45,8 @@ class Scale:
             raise ValueError(f"mean has {len(means)} values and std {len(stds)}; one a channel.")
         if not all(s > 0 for s in stds):
             raise ValueError(f"every std must be > 0, got {stds}.")
+        if not all(map(math.isfinite, (*means, *stds))):
+            raise ValueError(f"mean and std must be finite, got {means} and {stds}.")
         return cls(means, stds)
 
     def agrees(self, other: Scale) -> bool:

@@ -251,7 +251,8 @@ def test_a_poisoned_sample_comes_back_and_poisons_nobody(
     adv = JointSpaceAdv(Poisoned(network, how), flow, **options)
     out, _ = adv(x, labels[:6])
     assert torch.equal(out[2], x[2])
-    assert adv.last["fallback"].tolist() == [i == 2 for i in range(6)]
+    known = options.get("best", False) and how == "gradient"  # the worst that the model saw
+    assert adv.last["fallback"].tolist() == [i == 2 and not known for i in range(6)]
     assert out.isfinite().all()
     if options["random_start"]:
         return

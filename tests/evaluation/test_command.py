@@ -212,3 +212,27 @@ def test_a_few_of_sorted_images_are_of_every_class(place, digits, labels) -> Non
     result = run(place / "sorted.npz", *shared, *told)
     assert result.exit_code == 0, result.output
     assert set(Report.load(place / "few.json").truth) == set(range(6))  # as many are shown
+
+
+def test_new_files_of_corruptions_do_not_choose_the_images(place) -> None:
+    """Only those that others wrote do, as their order is that of all images."""
+    digits = np.arange(40) // 4
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    np.savez(place / "sorted.npz", images=images, labels=digits)
+    folder = place / "corrupted"
+    for _ in range(2):  # written, and read
+        result = run(
+            place / "sorted.npz", "--model", f"{place}/net.py:make", "--limit", 10, "--quiet",
+            "--threats", "none", "--corruptions", "contrast", "--corruption-files", folder,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert np.load(folder / "labels.npy")[:10].tolist() == list(range(10))
+
+
+def test_one_image_is_enough(place) -> None:
+    np.savez(place / "one.npz", images=np.zeros((1, 8, 8), np.uint8), labels=np.zeros(1, int))
+    result = run(
+        place / "one.npz", "--model", f"{place}/net.py:make", "--quiet", "--threats", "none",
+        "--corruptions", "none",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output

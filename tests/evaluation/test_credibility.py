@@ -161,3 +161,60 @@ def test_square_beats_gradients(net, digits, labels) -> None:
     notes = found.results["autoattack"].notes
     assert notes["Square"] < notes["FAB-T"]
     assert any("an attack without gradients" in warning for warning in found.warnings)
+
+
+class Lost(torch.autograd.Function):
+    """The same images, whose gradient is no number where they are brighter than half."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient.masked_fill((x.mean((1, 2, 3)) > 0.5)[:, None, None, None], torch.nan)
+
+
+class Bright(nn.Module):
+    """Whether an image is brighter than half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = Lost.apply(x).mean((1, 2, 3)) - 0.5
+        return torch.stack([-above, above], 1)
+
+
+def test_what_fooled_counts_though_its_gradient_is_no_number() -> None:
+    x, y = torch.full((8, 1, 4, 4), 0.45), torch.zeros(8, dtype=torch.long)
+    found = evaluate(Bright(), x, y, threats=["linf=0.1@10", "fog=0.5@10"], corruptions=[])
+    assert found.accuracy("clean") == 1
+    assert found.accuracy("linf") == found.accuracy("fog") == 0
+
+
+def test_gradients_that_are_no_numbers() -> None:
+    x, y = torch.full((32, 1, 4, 4), 0.55), torch.ones(32, dtype=torch.long)
+    assert "100% of the images have no gradient at all, or none that is a number" in look(
+        Bright(), x, y
+    )
+
+
+def test_answers_that_are_no_numbers(net, digits, labels) -> None:
+    class Diverged(nn.Module):
+        def __init__(self, above: float) -> None:
+            super().__init__()
+            self.above = above
+
+        def forward(self, x: Tensor) -> Tensor:
+            lost = x.flatten(1).mean(1) > self.above
+            return net(x).masked_fill(lost[:, None], torch.nan)
+
+    with pytest.raises(ValueError, match="first answer is no number"):
+        evaluate(Diverged(0.0), digits[:8], labels[:8], threats=[], corruptions=[])
+    order = digits.flatten(1).mean(1).argsort()[:100]
+    x, y = digits[order], labels[order]
+    middle = float(x[50].mean())
+    found = evaluate(Diverged(middle), x, y, threats=[], corruptions=[])
+    assert 0.3 < found.accuracy("clean") <= 0.55
+    (warning,) = found.warnings
+    assert "with no finite numbers: they count as wrong" in warning

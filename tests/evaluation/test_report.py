@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import binomtest
 
 from ijsat_aug.evaluation import Report, Result, to_html, to_markdown, to_table
@@ -185,3 +187,17 @@ def test_worst_cases_of_other_budgets_are_not_compared() -> None:
     theirs.results["linf"] = replace(theirs.results["linf"], budget="64/255")
     (worst,) = (row for row in rows(ours, theirs) if row.title.startswith("worst case"))
     assert worst.change is None
+
+
+def test_a_name_is_no_markup() -> None:
+    found = Report({"images": 4, "name": "net[/v2] [lr=0.1]"}, report(clean="1110").results)
+    console = Console(width=100, file=io.StringIO())
+    console.print(to_table(found))
+    assert "net[/v2] [lr=0.1]" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}q", b'{"format": 1, "results": []}', b"{}"])
+def test_what_is_no_report(content, tmp_path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match="is no report of an evaluation"):
+        Report.load(tmp_path / "a.json")

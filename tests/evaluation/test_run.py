@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation import Found, Threat, evaluate
-from ijsat_aug.evaluation.threats import select_threats
+from ijsat_aug.evaluation.threats import GROUPS, make_threat, select_threats
 from ijsat_aug.flows import Pyramid, Tiles
 from ijsat_aug.functional import joint_space_adv
 
@@ -411,3 +412,53 @@ def test_bad_input(net, digits, labels, flow) -> None:
         evaluate(net, x[:0], y[:0])
     with pytest.raises(TypeError, match="must be a list"):
         evaluate(net, x, y, threats="linf")
+
+
+def test_functions_are_known_by_the_modules_behind_them(net, digits, labels, tmp_path) -> None:
+    """Also where they answer alike to the first image."""
+    x, y = digits[:20], labels[:20]
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[-1].bias += 1e-4
+    options = {"threats": [], "corruptions": [], "folder": tmp_path}
+    evaluate(lambda images: net(images), x, y, **options)
+    evaluate(lambda images: net(images), x, y, **options)
+    with pytest.raises(ValueError, match="results of another model"):
+        evaluate(lambda images: other(images), x, y, **options)
+
+
+def test_overwriting_begins_anew(net, digits, labels, tmp_path) -> None:
+    asked = []
+
+    def attack(victim, x, y, draws) -> Found:
+        asked.append(len(x))
+        return Found(x)
+
+    own = Threat("own", "Own", "unseen", "", 1, "here", attack)
+    options = {"threats": [own], "corruptions": [], "folder": tmp_path}
+    for overwrite in (False, False, True):
+        evaluate(net, digits[:20], labels[:20], overwrite=overwrite, **options)
+    assert len(asked) == 2
+
+
+def test_budgets_that_differ_look_different(flow) -> None:
+    for one, other in (("l2=1.001", "l2=1.0049"), ("om=0.1005", "om=0.1014")):
+        assert (
+            make_threat(one, flow, (1, 8, 8)).budget != make_threat(other, flow, (1, 8, 8)).budget
+        )
+    assert make_threat("om", flow, (1, 8, 8)).budget == "η 0.0464"
+
+
+@pytest.mark.parametrize("name", ["linf=8", "autoattack=8", "jsa=8:0.1"])
+def test_a_budget_beyond_the_pixels_is_refused_at_once(name, flow) -> None:
+    with pytest.raises(ValueError, match=r"wider than the whole range .* did you mean 8/255"):
+        make_threat(name, flow, (1, 8, 8))
+
+
+def test_large_images_have_the_budgets_of_large_images() -> None:
+    """Those that UAR calibrated for ImageNet-100."""
+    found = {name: make_threat(name, shape=(3, 224, 224)).budget for name in GROUPS["unseen"]}
+    assert (found["elastic"], found["jpeg_linf"], found["jpeg_l1"]) == ("4", "0.5", "16384")
+    small = {name: make_threat(name).budget for name in GROUPS["unseen"]}
+    assert (small["elastic"], small["jpeg_linf"], small["jpeg_l1"]) == ("1", "0.25", "256")
+    assert all(found[name] == small[name] for name in ("stadv", "recolor", "fog", "snow", "gabor"))

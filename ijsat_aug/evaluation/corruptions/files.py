@@ -96,7 +96,7 @@ class CorruptionFiles:
                 f"labels {tuple(labels.shape)}."
             )
         path = self._path(name)
-        if self._is_foreign():
+        if self.foreign:
             self._check_foreign(path, images, labels)
             return
         notes = _description(images, labels, seed)
@@ -142,7 +142,9 @@ class CorruptionFiles:
     def _notes(self) -> Path:
         return self.folder / "corruptions.json"
 
-    def _is_foreign(self) -> bool:
+    @property
+    def foreign(self) -> bool:
+        """Whether it holds corruptions that were not written here."""
         return not self._notes.exists() and any(self.folder.glob("*.npy"))
 
     def _check_foreign(self, path: Path, images: Tensor, labels: Tensor) -> None:
@@ -201,6 +203,7 @@ def _whole(path: Path, one: Tensor, dtype: Any = np.uint8) -> Iterator[NDArray[A
         array = np.lib.format.open_memmap(staged, mode="w+", dtype=dtype, shape=shape)
         yield array.reshape(len(SEVERITIES), count, *rest)
         array.flush()
+        del array  # where a mapped file cannot be moved
         staged.chmod(0o644)
         staged.replace(path)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from ...attack.ascent import Picture, Values, Variable
 from ...attack.balls import Draw, LinfBall
 from ...attack.clip import clip
 from ...transforms.joint_picture import full_precision
+from ..corruptions.severities import LARGE_SIDE
 
 __all__ = ["Drawn", "Space", "SpaceInfo", "check", "linf_variable"]
 
@@ -32,6 +33,8 @@ class SpaceInfo:
         reference: Where the threat and its budget come from.
         budgets: From weak to strong, where six were calibrated on CIFAR-10 (UAR: as hard as L-inf
             1, 2, 4, 8, 16 and 32 of 255 levels to a network trained against the same).
+        large: The default for images whose shorter side is 128 or more, where it is another: those
+            of UAR for ImageNet-100.
 
     Example:
         >>> from ijsat_aug.evaluation.spaces import SPACES
@@ -45,6 +48,18 @@ class SpaceInfo:
     steps: int
     reference: str
     budgets: tuple[float, ...] = ()
+    large: float | None = None
+
+    def usual(self, shape: Sequence[int]) -> float:
+        """The default for images ``(C, H, W)``.
+
+        Example:
+            >>> from ijsat_aug.evaluation.spaces import SPACES
+            >>> [SPACES["jpeg_l1"].usual((3, side, side)) for side in (32, 224)]
+            [256.0, 16384.0]
+        """
+        is_large = min(shape[1:]) >= LARGE_SIDE and self.large is not None
+        return self.large if is_large else self.budget  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)

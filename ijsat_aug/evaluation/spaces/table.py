@@ -17,18 +17,20 @@ __all__ = ["SPACES"]
 
 _PAT = "Laidlaw et al. (PAT), 2021"
 _UAR = "Kang et al. (UAR), 2019; budget as L∞ 8/255"
-_OURS = "Kang et al. (UAR), 2019; budget calibrated here"
+_OURS = "Kang et al. (UAR), 2019; budget calibrated here, at 32 pixels"
 
 SPACES: Mapping[str, SpaceInfo] = MappingProxyType(
     {
         "stadv": SpaceInfo("StAdv", stadv, 0.05, 50, _PAT),
         "recolor": SpaceInfo("ReColor", recolor, 0.06, 50, _PAT),
-        "elastic": SpaceInfo("Elastic", elastic, 1.0, 50, _UAR, (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)),
+        "elastic": SpaceInfo(
+            "Elastic", elastic, 1.0, 50, _UAR, (0.125, 0.25, 0.5, 1.0, 2.0, 8.0), 4.0
+        ),
         "jpeg_linf": SpaceInfo(
-            "JPEG L∞", jpeg_linf, 0.25, 50, _UAR, (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
+            "JPEG L∞", jpeg_linf, 0.25, 50, _UAR, (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0), 0.5
         ),
         "jpeg_l1": SpaceInfo(
-            "JPEG L1", jpeg_l1, 256.0, 50, _UAR, (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0)
+            "JPEG L1", jpeg_l1, 256.0, 50, _UAR, (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0), 16384.0
         ),
         "fog": SpaceInfo("Fog", fog, 0.193, 50, _OURS),
         "snow": SpaceInfo("Snow", snow, 0.42, 50, _OURS),
@@ -36,7 +38,7 @@ SPACES: Mapping[str, SpaceInfo] = MappingProxyType(
         "lpips": SpaceInfo("LPIPS", lpips, 0.5, 40, _PAT),
     }
 )
-"""Name -> space, for images of about 32 pixels.
+"""Name -> space, with the budgets of images of about 32 pixels and, of UAR's, of 224.
 
 Steps: sources take 100 or 200. Of an adversarially trained ResNet these leave at 50 steps what they
 leave at 100, to 2 % of the images.
