@@ -231,11 +231,14 @@ def shapes_table() -> str:
 
 def lowdata_table(rows: Container[str] | None = None) -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
-    rivals = {"mixup": "mixup", "mixup for as long": "mixup, for as long as {}"}
+    each = "mixup, a weight an image"
+    rivals = {"mixup": "mixup", each: each, "mixup for as long": "mixup, for as long as {}"}
     return _study(load("lowdata-cifar10"), ">labels", rivals, rows=rows)
 
 
-_FEW = ("plain", "CutMix", "mixup", "mixup + latent step, second half")
+_FEW = (
+    "plain", "CutMix", "mixup", "mixup, a weight an image", "mixup + latent step, second half",
+)  # fmt: skip
 
 
 def augmentations_table() -> str:

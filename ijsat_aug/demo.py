@@ -77,7 +77,7 @@ def run(out: Path, source: str = "digits", epochs: int = 12, seed: int = 0) -> P
     path = out / "gallery.png"
     shown = [int((test.tensors[1] == digit).nonzero()[0]) for digit in range(_SHOWN)]
     x, y = (t[shown] for t in test.tensors)
-    draw(gallery(networks["plain"], x, y, flow, eps=_EPS, eta=_eta(flow)), path)
+    draw(gallery(networks["plain"], x, y, flow, eps=_EPS, eta=_eta(flow)), path, ink=True)
     console.print(f"What the attacks do to the plain network: [bold]{path}[/]")
     console.print(
         f"The networks: {out}/*.safetensors. To evaluate one: [bold]ijsat-aug evaluate digits "

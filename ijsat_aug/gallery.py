@@ -106,8 +106,20 @@ def gallery(
     return [_enlarged(c, images) if c.title == "pixel move ×10" else c for c in columns]
 
 
-def draw(columns: Sequence[Column], path: Path, classes: Sequence[str] | None = None) -> None:
+def draw(
+    columns: Sequence[Column],
+    path: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    ink: bool = False,
+) -> None:
     """Draw columns side by side into a PNG file, which is whole or absent.
+
+    Args:
+        columns: As :func:`gallery` makes them.
+        path: Of the file.
+        classes: Their names.
+        ink: Grey images tell how dark paper is, not how bright a picture.
 
     Example:
         >>> import tempfile
@@ -130,7 +142,12 @@ def draw(columns: Sequence[Column], path: Path, classes: Sequence[str] | None = 
         for i, (axis, picture) in enumerate(zip(axes[:, j], column.pictures, strict=True)):
             values = picture.detach().cpu().float().permute(1, 2, 0).numpy()
             grey = values.shape[2] == 1
-            axis.imshow(values[:, :, 0] if grey else values, cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(
+                values[:, :, 0] if grey else values,
+                cmap="gray_r" if ink else "gray",
+                vmin=0,
+                vmax=1,
+            )
             axis.set(xticks=[], yticks=[])
             color = "red" if column.fooled[i] else "black"
             axis.set_xlabel(_caption(column, i, classes), fontsize=8, labelpad=2, color=color)

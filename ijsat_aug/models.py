@@ -37,8 +37,11 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
         >>> model, model.training
         (Flatten(start_dim=1, end_dim=-1), False)
     """
-    if ":" in source:
-        model = _call(*source.rsplit(":", 1))
+    place, colon, name = source.rpartition(":")
+    if colon and not (place and name):
+        raise ValueError(f"{source!r} must be 'file.py:function' or 'module:function'.")
+    if colon:
+        model = _call(place, name)
         if weights is not None:
             _fill(model, _state(weights), weights)
     else:
@@ -61,7 +64,7 @@ def first_logits(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         return model(batch)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, batch.shape[1:]))
         raise ValueError(f"the model does not take images of {size}: {error}") from error
 

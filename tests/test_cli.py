@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,21 @@ def test_convert(tmp_path: Path) -> None:
     result = run("convert", tmp_path / "old.pt", tmp_path / "config.json", out, "--data", "UCI")
     assert result.exit_code == 0, result.output
     assert ijsat_aug.load_flow(out).info["data"] == "UCI"
+
+
+def test_a_terminal_of_few_letters_is_no_reason_to_stop() -> None:
+    """As where the output of Windows goes into a file."""
+    command = [sys.executable, "-m", "ijsat_aug", "inspect", "digits"]
+    found = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert b"digits" in found.stdout
+
+
+def test_what_is_no_checkpoint_is_not_converted(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("education")
+    (tmp_path / "config.json").write_text(json.dumps(load_state("digits")[0].to_dict()))
+    result = run("convert", tmp_path / "notes.txt", tmp_path / "config.json", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "holds more than tensors, or is damaged" in result.output

@@ -83,3 +83,12 @@ def test_an_uncalibrated_flow_needs_a_radius(network, digits, labels) -> None:
     with pytest.raises(ValueError, match="eta="):
         gallery(network, digits[:2], labels[:2], Same())
     assert len(gallery(network, digits[:2], labels[:2], Same(), eta=0.1)) == 5
+
+
+def test_grey_pictures_are_as_bright_as_they_are(network, tmp_path) -> None:
+    columns = gallery(network, torch.zeros(1, 1, 8, 8))[:1]
+    for ink, middle in ((False, 0), (True, 255)):
+        draw(columns, tmp_path / "a.png", ink=ink)
+        with Image.open(tmp_path / "a.png") as picture:
+            grey = picture.convert("L")
+            assert grey.getpixel((grey.width // 2, grey.height // 2)) == middle

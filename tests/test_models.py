@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 
-from ijsat_aug.models import load_model
+from ijsat_aug.models import first_logits, load_model
 from ijsat_aug.training import convert_split_batchnorm
 
 FILE = """
@@ -160,3 +160,17 @@ def test_a_function_may_import_what_lies_beside_it(tmp_path) -> None:
     file = tmp_path / "late.py"
     file.write_text("def make():\n    from beside_it import net\n    return net\n")
     assert isinstance(load_model(f"{file}:make"), nn.Linear)
+
+
+def test_a_size_that_it_does_not_take_is_told_whatever_it_raises() -> None:
+    vit = models.VisionTransformer(32, 16, 1, 1, 8, 8)  # asserts
+    norm = nn.Sequential(nn.BatchNorm1d(3), nn.Flatten())  # ValueError
+    for model in (vit, norm):
+        with pytest.raises(ValueError, match="the model does not take images of 3x16x16"):
+            first_logits(model, torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("source", [":make", "my_code.py:"])
+def test_half_a_place_is_none(source) -> None:
+    with pytest.raises(ValueError, match=r"must be 'file\.py:function' or 'module:function'"):
+        load_model(source)

@@ -57,7 +57,7 @@ STEPS = {
     "fashion-mnist": {500: 1440, 2500: 2880},
 }
 VALIDATION = 1000
-RIVALS = ("plain", "mixup", "CutMix", "latent step, second half")
+RIVALS = ("plain", "mixup", "mixup, a weight an image", "CutMix", "latent step, second half")
 OWN = Recipe(
     minutes=5,
     lr=3e-3,

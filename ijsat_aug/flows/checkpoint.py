@@ -191,7 +191,7 @@ def convert_checkpoint(
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, IndexError, EOFError) as error:
         raise CheckpointError(
             f"{file} holds more than tensors, or is damaged, and is not opened; save it again with "
             "torch.save(model.state_dict(), ...)."

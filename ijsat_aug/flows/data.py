@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def load_images(
         data = _from_torchvision(str(source), root, train, size)
     if size is not None and data.images.shape[2:] != (size, size):
         data = replace(data, images=_resize(data.images, size))
-    if len(data.images) < 2:
-        raise ValueError(f"{source} holds {len(data.images)} images; a flow needs at least 2.")
+    if len(data.images) == 0:
+        raise ValueError(f"{source} holds no images.")
     return data
 
 
@@ -202,11 +202,9 @@ def _from_torchvision(
     options: dict[str, Any] = {"download": True} if "download" in known else {}
     if "train" in known:
         options["train"] = train
-    elif "split" in known:
-        options["split"] = "train" if train else "test"
-    elif not train:
+    elif "split" not in known and not train:
         raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
-    dataset = kind(root, **options)
+    dataset = kind(root, **options) if "split" not in known else _split(kind, root, options, train)
     targets: list[Any] = []
 
     def pictures() -> Iterator[Any]:
@@ -218,6 +216,22 @@ def _from_torchvision(
     images = _stack(pictures(), size, name)
     labels = torch.tensor(targets) if all(isinstance(t, int) for t in targets) else None
     return ImageData(images, labels, 256, f"torchvision {name}")
+
+
+def _split(
+    kind: Callable[..., Any], root: str | Path, options: Mapping[str, Any], train: bool
+) -> Any:
+    """The training or the test split of a dataset, by the first usual name that it knows."""
+    refused: ValueError | None = None
+    for split in ("train", "trainval") if train else ("test", "val"):
+        try:
+            return kind(root, split=split, **options)
+        except ValueError as error:
+            refused = refused or error
+    raise ValueError(
+        f"torchvision's {kind.__name__} cannot be loaded by its name alone ({refused}): save its "
+        "images as a folder or an .npz file."
+    ) from refused
 
 
 def _resize(images: Tensor, size: int) -> Tensor:

@@ -128,6 +128,10 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
                 f"{part.name} holds {part.images.dtype} from {float(part.images.min()):.3g}; a "
                 "flow is trained on grey levels, integers from 0."
             )
+        if len(part.images) < 2:
+            raise ValueError(
+                f"{part.name} holds {len(part.images)} images; a flow needs at least 2."
+            )
         if tuple(part.images.shape[1:]) != config.shape:
             raise ValueError(
                 f"{part.name} holds images of shape {tuple(part.images.shape[1:])}, but the flow "

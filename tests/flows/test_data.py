@@ -103,7 +103,7 @@ def test_an_archive_of_objects_is_not_unpickled(tmp_path: Path) -> None:
         (np.zeros((4, 8, 8), np.float32), TypeError, "save the images as uint8"),
         (np.zeros((4, 8), np.uint8), ValueError, "expected"),
         (np.zeros((4, 9, 8, 8), np.uint8), ValueError, "at most 4 channels"),
-        (np.zeros((1, 8, 8), np.uint8), ValueError, "needs at least 2"),
+        (np.zeros((0, 8, 8), np.uint8), ValueError, "holds no images"),
     ],
 )
 def test_arrays_that_are_no_images(
@@ -190,3 +190,35 @@ def test_the_split_is_replayable_and_complete() -> None:
     assert (len(a.images), len(b.images)) == (1350, 150)
     assert not torch.equal(a.images, data.split(0.1, seed=2)[0].images)
     assert int(a.images.sum()) + int(b.images.sum()) == int(data.images.sum())
+
+
+@pytest.mark.parametrize(
+    ("known", "train", "taken"),
+    [
+        (("train", "test"), True, "train"),
+        (("trainval", "test"), True, "trainval"),
+        (("train", "val"), False, "val"),
+        (("letters", "balanced"), True, None),
+    ],
+)
+def test_splits_have_several_names(known, train, taken, tmp_path, monkeypatch) -> None:
+    """ImageNet and OxfordIIITPet do not call theirs as CIFAR-10 does; EMNIST's are none."""
+
+    class Odd:
+        def __init__(self, root, split: str) -> None:
+            if split not in known:
+                raise ValueError(f"Unknown value {split!r} for argument split.")
+            self.split = split
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int):
+            return Image.new("L", (8, 8), 100 if self.split == taken else 0), index
+
+    monkeypatch.setattr("torchvision.datasets.Odd", Odd, raising=False)
+    if taken is None:
+        with pytest.raises(ValueError, match="Odd cannot be loaded by its name alone"):
+            load_images("Odd", root=tmp_path, train=train)
+    else:
+        assert (load_images("Odd", root=tmp_path, train=train).images == 100).all()
