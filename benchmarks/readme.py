@@ -335,7 +335,10 @@ def _study(
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:
     usual, others = _machines_of(result)
-    graphs = "each step a CUDA graph, its time that of the step alone"
+    graphs = (
+        "each step a CUDA graph (but the blends of mixup and CutMix), its time that of the step "
+        "alone"
+    )
     how = graphs if _on_gpu(usual) else "one thread"
     validated = "the validation images that chose the setting"
     tested = result.get("tested", validated) if min(result["seed"]) >= 100 else ""

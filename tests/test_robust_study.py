@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from sklearn.datasets import load_digits
 from benchmarks.harness import hardware
 from benchmarks.networks import cifar_resnet18, like_weights, small_resnet
 from benchmarks.robustness import withstand
+from benchmarks.robustness.evaluate import script
 from benchmarks.robustness.train import Course, Plan, place, recorded, train_all
 from benchmarks.robustness.withstand import Job, attack_all, jobs, kept
 from benchmarks.training import save_weights
@@ -200,3 +203,13 @@ def test_a_network_is_known_by_its_weights(made: torch.nn.Module) -> None:
     again = like_weights(made.state_dict())
     assert str(again) == str(made)
     assert not again.training
+
+
+def test_the_example_is_trained_with_and_without_its_line(tmp_path: Path) -> None:
+    plain, ours = script(with_line=False), script(with_line=True)
+    assert "ijsat_aug" not in plain
+    assert "mix = RobustMixup(net, num_classes=classes, mean=MEAN, std=STD)" in ours
+    for code in (plain, ours):
+        flakes = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+        found = subprocess.run(flakes, input=code, text=True, capture_output=True, check=False)
+        assert found.returncode == 0, found.stdout

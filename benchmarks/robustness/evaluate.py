@@ -4,8 +4,8 @@ Run:  python benchmarks/robustness/evaluate.py digits                   (ten min
       IJSAT_DATA=... python benchmarks/robustness/evaluate.py cifar10   (an hour)
 
 ``digits``: the four networks of ``ijsat-aug demo``. ``cifar10``: ``examples/train_torchvision.py``
-on 5,000 images, as it stands and without its one line. Everything goes through ``ijsat-aug
-evaluate``; each finished threat is kept under ``--work``, so that a run that was stopped goes on.
+on 5,000 images, with ``RobustMixup`` as it comes and without its one line. Everything goes through
+``ijsat-aug evaluate``; each finished threat is kept under ``--work``, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -81,11 +81,28 @@ def write_folders(folder: Path) -> Path:
     return folder
 
 
+def script(with_line: bool) -> str:
+    """The example without its lines, or with those of ``RobustMixup`` as it comes."""
+    code = SCRIPT.read_text()
+    if with_line:
+        for preset, plain in _AS_IT_COMES.items():
+            assert preset in code
+            code = code.replace(preset, plain)
+        return code
+    lines = code.splitlines(keepends=True)
+    return "".join(line for line in lines if not any(word in line for word in _OURS))
+
+
+_OURS = ("ijsat_aug", "RobustMixup", "AugmentedLoader", "data.set_epoch")
+_AS_IT_COMES = {
+    'RobustMixup.preset("accuracy", net': "RobustMixup(net",
+    ", epochs=(options.epochs // 2, None)": "",
+}
+
+
 def train(out: Path, folder: Path, epochs: int, with_line: bool) -> None:
     """Run the example in this process, and keep the averaged weights."""
-    lines = SCRIPT.read_text().splitlines(keepends=True)
-    ours = [line for line in lines if "ijsat_aug" in line or "AugmentedLoader" in line]
-    code = "".join(line for line in lines if with_line or line not in ours)
+    code = script(with_line)
     arguments = ["--data-path", folder, "--epochs", epochs, "--workers", 0, "--out", out]
     before, sys.argv = sys.argv, [str(SCRIPT), *map(str, arguments)]
     try:
