@@ -5,7 +5,8 @@ Run:  python benchmarks/robustness/evaluate.py digits                   (ten min
 
 ``digits``: the four networks of ``ijsat-aug demo``. ``cifar10``: ``examples/train_torchvision.py``
 on 5,000 images, with ``RobustMixup`` as it comes and without its one line. Everything goes through
-``ijsat-aug evaluate``; each finished threat is kept under ``--work``, so that a run that was stopped goes on.
+``ijsat-aug evaluate``; each finished threat is kept under ``--work``, so that a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
