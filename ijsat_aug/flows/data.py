@@ -257,5 +257,5 @@ def _stack(pictures: Iterable[Any], size: int | None, source: Path | str) -> Ten
     if any(t.shape[0] == 3 for t in tensors):
         tensors = [t.expand(3, -1, -1) for t in tensors]
     if len({t.shape for t in tensors}) > 1:
-        raise ValueError(f"the images of {source} differ in size; give one with size=...")
+        raise ValueError(f"the images of {source} differ in size; give one (size=, --size).")
     return torch.stack(tensors)

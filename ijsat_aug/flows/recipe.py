@@ -25,7 +25,8 @@ class Recipe:
         flip: Mirror images at random.
         precision: ``"bf16"`` runs the coupling networks, and only them, in bfloat16. CPUs without
             AVX-512 or AMX emulate it, which takes tens of times longer.
-        held_out: Share of the images that chooses the best weights.
+        held_out: Share of the images that chooses the best weights; 64 images at least, or a fifth
+            of fewer.
         every: Steps between validations; each also writes pictures and a resumable state.
         init_images: Images that initialise ActNorm.
         seed: Of the weights, the order, the noise and the held-out share.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["train_flow"]
 
 _STATE = Path("training", "state.safetensors")
+_HELD_OUT = 64
 
 
 def train_flow(
@@ -175,7 +176,9 @@ class _Run:
         self.device = accelerator.device
         self.images = _sum(data.images)
         self.labels = _sum(data.labels if config.num_classes is not None else None)
-        self.train_data, self.held_out = data.split(recipe.held_out, recipe.seed)
+        count = len(data.images)
+        enough = min(_HELD_OUT, count // 5) / count  # to choose by, and to tell a radius
+        self.train_data, self.held_out = data.split(max(recipe.held_out, enough), recipe.seed)
         self.progress = Progress()
         self.state_file = out / _STATE
         torch.manual_seed(recipe.seed)
@@ -371,11 +374,14 @@ class _Run:
                 f"{self.state_file} is damaged ({error}); start anew with overwrite."
             ) from error
         for key, value in self._identity().items():
-            if state.get(key) != value:
+            before = state.get(key)
+            if isinstance(before, dict) and isinstance(value, dict):  # what differs alone
+                names = [name for name in value if before.get(name) != value[name]]
+                before, value = ({name: one.get(name) for name in names} for one in (before, value))
+            if before != value:
                 raise ValueError(
-                    f"{self.state_file} belongs to another training: its {key} was "
-                    f"{state.get(key)}, now it is {value}; resume with its settings or choose "
-                    "another output folder."
+                    f"{self.state_file} belongs to another training: its {key} was {before}, now "
+                    f"it is {value}; resume with its settings or choose another output folder."
                 )
 
         def group(name: str) -> dict[str, Tensor]:

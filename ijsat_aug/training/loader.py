@@ -42,8 +42,9 @@ class AugmentedLoader(Generic[T]):
             the flow costs; ``len`` counts every showing.
         every: Attack only every so many batches; the others are mixed or left as they are.
         epochs: ``(first, end)``: attack only from epoch ``first`` up to, without it, ``end``, where
-            None is never. Epochs are counted from 0, or told by ``set_epoch`` of this loader or of
-            a sampler in it; tell it where a resumed training begins.
+            None is never. Epochs are passes over more than a first batch, counted from 0, or told
+            by ``set_epoch`` of this loader or of a sampler in it; tell it where a resumed training
+            begins.
 
     Example:
         >>> from ijsat_aug import RobustMixup
@@ -97,9 +98,13 @@ class AugmentedLoader(Generic[T]):
     def __iter__(self) -> Iterator[Any]:
         self._hear()
         move, plan, epoch = _mover(self.device), self.plan, self.epoch
-        self.epoch = epoch + 1
+        number = -1
         for number, batch in enumerate(self.loader):
+            if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
+                self.epoch = epoch + 1
             yield from plan.shown(self.transform, move(batch), epoch, number)
+        if number == 0:
+            self.epoch = epoch + 1
 
     def __len__(self) -> int:
         return self.plan.count(len(self.loader))  # type: ignore[arg-type]

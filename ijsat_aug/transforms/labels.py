@@ -71,6 +71,11 @@ def as_target(
                 f"floating labels must be probabilities: rows >= 0 that sum to 1; {others}"
             )
         return in_full(labels)
+    if labels.ndim > 2:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} are none of images: JointSpaceAdv takes masks "
+            "with an objective= of your own (docs/tasks.md), RobustMixup blends none."
+        )
     if labels.ndim != 1:
         raise ValueError(
             f"integer labels must have shape ({count},), got {tuple(labels.shape)}; squeeze them, "

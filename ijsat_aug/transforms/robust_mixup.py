@@ -59,7 +59,8 @@ class RobustMixup(BatchTransform):
         attack: What climbs on the blend: any transform or callable ``(images, targets)``. Without
             one, PGD in pixel space with the next six settings. A ``BatchTransform`` is copied; what
             it lacks of model, generator, ``mean`` and ``std``, ``amp_dtype`` and ``memory_format``
-            it takes from this one, and ``mean`` and ``std`` this one from it.
+            it takes from this one, and ``mean`` and ``std`` this one from it. A callable gets
+            images in the units of the batch, and the model frozen, in ``model_mode``.
         eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
         norm: Of its ball.
         steps: Its forward and backward passes.
@@ -82,8 +83,8 @@ class RobustMixup(BatchTransform):
         mean: Of the normalisation of the batches; without it they are in [0, 1].
         std: Of the normalisation of the batches.
         labels_getter: Where the labels are; see :class:`BatchTransform`.
-        model_mode: ``"eval"`` freezes BatchNorm and dropout while the built-in attack runs, or the
-            mixing weights climb; ``attack`` has its own.
+        model_mode: ``"eval"`` freezes BatchNorm and dropout while the built-in attack or a callable
+            runs, or the mixing weights climb; a ``BatchTransform`` has its own.
         amp_dtype: Autocast of the model in the attack; by default the caller's.
         memory_format: Of the images inside the attack.
         generator: A generator or a seed; the global random state is then left alone.
@@ -386,7 +387,16 @@ class RobustMixup(BatchTransform):
             if drawn is None:
                 return None
             return lambda images, targets: attack.replay(images, targets, drawn)[0]
-        return None if attack is None or "attack" in params else images_of(attack)
+        return None if attack is None or "attack" in params else self._guarded(images_of(attack))
+
+    def _guarded(self, attack: Attack) -> Attack:
+        """An attack of the user's own, beside which the model is frozen as beside ours."""
+
+        def call(images: Tensor, targets: Tensor) -> Tensor:
+            with self.handle.frozen(images.device):
+                return attack(images, targets)
+
+        return call if self.model is not None else attack
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
@@ -407,6 +417,6 @@ def _check_attack(attack: AnyAttack, own: dict[str, Any]) -> None:
     ignored = [name for name, value in own.items() if value != usual[name].default]
     if ignored:
         raise ValueError(
-            f"{', '.join(ignored)} belong to the built-in attack; give them to the one that you "
-            "pass as attack=."
+            f"{', '.join(ignored)}: of the built-in attack alone; give it to the one that you pass "
+            "as attack=, as in attack=JointSpaceAdv(model, flow, ...)."
         )

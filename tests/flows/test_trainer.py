@@ -167,7 +167,9 @@ def test_autocast_that_the_launcher_asks_for_is_refused(
 
 def test_resuming_another_network_is_refused(trained: Path, data: ImageData) -> None:
     other = dataclasses.replace(CONFIG, hidden=8)
-    with pytest.raises(ValueError, match="belongs to another training: its network"):
+    with pytest.raises(
+        ValueError, match=r"its network was \{'hidden': \d+\}, now it is \{'hidden': 8\}"
+    ):
         train_flow(data, other, trained, SHORT, resume=True, quiet=True)
 
 
@@ -419,3 +421,11 @@ def test_what_cannot_be_trained_on_or_written_is_told_before_the_work(tmp_path: 
         train_flow(data, config, tmp_path / "file", Recipe(epochs=1), quiet=True)
     with pytest.raises(ValueError, match="weight_decay must be at least 0"):
         Recipe(epochs=1, weight_decay=-1)
+
+
+def test_of_few_images_a_fifth_is_held_out(data: ImageData, tmp_path: Path) -> None:
+    """A fiftieth would be one, on which the best weights and the radius would rest."""
+    few = data.take(torch.arange(60))
+    recipe = dataclasses.replace(SHORT, held_out=0.02, epochs=1, batch_size=16)
+    out = train_flow(few, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    assert load_flow(out).info["metrics"]["images"] == {"train": 48, "held_out": 12}

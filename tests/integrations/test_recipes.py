@@ -32,9 +32,10 @@ OURS["RobustMixup"] = RobustMixup
 REASON = 'needs pip install "ijsat-aug[integrations]"'
 
 
-def recipe(name: str, **names: Any) -> dict[str, Any]:
-    """Run the code of a recipe; what it defines."""
-    (code,) = re.findall(r"```python\n(.*?)```", (RECIPES / f"{name}.md").read_text(), flags=re.S)
+def recipe(name: str, part: int = 0, **names: Any) -> dict[str, Any]:
+    """Run the code of a recipe, or a later part of it; what it defines."""
+    text = (RECIPES / f"{name}.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)[part]
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 6, f"{name} has {len(lines)} lines"
     space = {**OURS, **names}
@@ -177,6 +178,17 @@ def test_hugging_face(photographs, tmp_path) -> None:
     seen.clear()
     trainer.evaluate()
     assert torch.equal(torch.cat([x for _, x in seen]), clean)
+
+    options.gradient_accumulation_steps = 2
+    names = {"model": model, "options": options, "rows": rows}
+    blends = recipe("huggingface", 1, Trainer=transformers.Trainer, **{**found, **names})
+    found["AugmentedTrainer"]._prepare_inputs.__globals__["augment"] = blends["augment"]
+    trainer = blends["trainer"]
+    trainer.eval_dataset = rows
+    loss = trainer.train().training_loss
+    assert abs(loss - torch.tensor(5.0).log()) < 0.5  # cross-entropy of five classes, not binary
+    assert model.config.problem_type is None
+    assert trainer.evaluate()["eval_loss"] > 1
 
 
 def test_fastai(digits, labels) -> None:

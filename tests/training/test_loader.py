@@ -174,7 +174,7 @@ def test_a_resumed_training_hears_the_epoch_from_its_sampler(data, network) -> N
     def attacked(told: int | None = None) -> bool:
         if told is not None:
             sampler.set_epoch(told)
-        next(iter(loader))
+        list(loader)
         return "loss" in mix.last
 
     assert [attacked(e) for e in (2, 3)] == [True, False]
@@ -271,3 +271,21 @@ def test_it_hears_the_epoch_of_accelerate(data, network) -> None:
             pass
         attacked.append(bool(attack.last))
     assert attacked == [False, True, True, False]
+
+
+def test_a_look_at_the_first_batch_begins_no_epoch(data, network) -> None:
+    """As a check of shapes, or a grid of pictures; also where an epoch is cut short."""
+    mix = RobustMixup(network, num_classes=10)
+    loader = AugmentedLoader(DataLoader(data, batch_size=8), mix, epochs=(1, 2))
+    for _ in range(3):
+        next(iter(loader))
+        assert "loss" not in mix.last
+    attacked = []
+    for _ in range(3):
+        for number, _ in enumerate(loader):
+            if number == 1:
+                break
+        attacked.append("loss" in mix.last)
+    assert attacked == [False, True, False]
+    short = AugmentedLoader(DataLoader(data, batch_size=len(data)), mix, epochs=(1, None))
+    assert ["loss" in mix.last for _ in range(2) for _ in short] == [False, True]

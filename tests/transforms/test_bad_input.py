@@ -70,7 +70,7 @@ def test_the_size_of_a_flow_in_the_functional_form(untouchable, flow) -> None:
         (Y[:, None], ValueError, "squeeze"),
         (Y.float(), ValueError, r"probabilities of shape \(4, classes\).*labels.long"),
         (Y.bool(), TypeError, "torch.bool"),
-        (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4,\)"),
+        (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4, 8, 8\) are none"),
         (torch.tensor(3), ValueError, r"labels of shape \(\)"),
         ([0, 1, 2, 3], TypeError, "must be a tensor of classes or probabilities, got list"),
         (Y.numpy(), TypeError, "got ndarray"),

@@ -378,7 +378,7 @@ def test_a_seed_replays_and_leaves_the_global_state_alone(
         ({"eps": -1}, "eps must be a number >= 0"),
         ({"eps": float("nan")}, "eps must be a number >= 0"),
         ({"eps": 0, "norm": "l3"}, "norm must be one of"),
-        ({"attack": lambda x, t: x, "eps": 0.1, "steps": 3}, "eps, steps belong to the built-in"),
+        ({"attack": lambda x, t: x, "eps": 0.1, "steps": 3}, "eps, steps: of the built-in attack"),
         ({"attack": JointSpaceAdv(eta=0, mode="append")}, 'mode="replace"'),
         ({"per_sample": False, "draws": 3}, "per_sample=False is one weight"),
         ({"per_sample": False, "lam_steps": 1}, "per_sample=False is one weight"),

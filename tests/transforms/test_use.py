@@ -289,3 +289,37 @@ def test_the_usual_radius_of_tiles_is_that_of_their_number(flow) -> None:
     made[0].threat = replace(made[0].threat, eta=few)
     made[0](torch.rand(2, 1, 16, 16), y)
     assert made[0].threat.eta == few  # as it was asked for
+
+
+def test_an_attack_of_the_users_leaves_no_trace(digits, labels) -> None:
+    """As one that was copied from somewhere: in whatever mode, with backward()."""
+    _network.train()
+    _network.zero_grad(set_to_none=True)
+    modes = []
+
+    def fgsm(images: Tensor, targets: Tensor) -> Tensor:
+        modes.append(_network.training)
+        leaf = images.detach().requires_grad_()
+        nn.functional.cross_entropy(_network(leaf), targets).backward()
+        return (images + 0.1 * leaf.grad.sign()).clamp(0, 1)
+
+    x, y = digits[:6], labels[:6]
+    plain = RobustMixup(_network, num_classes=10, attack=lambda images, _: images, generator=0)(
+        x, y
+    )
+    before = {name: buffer.clone() for name, buffer in _network.named_buffers()}
+    mix = RobustMixup(_network, num_classes=10, attack=fgsm, generator=0)
+    with torch.no_grad():
+        moved = mix(x, y)
+    assert (moved[0] - plain[0]).abs().max() > 0.09
+    assert modes == [False]
+    assert _network.training
+    assert all(p.requires_grad and p.grad is None for p in _network.parameters())
+    assert all(torch.equal(b, before[name]) for name, b in _network.named_buffers())
+
+
+def test_masks_are_told_where_they_belong(network, digits) -> None:
+    masks = torch.randint(5, (6, 8, 8))
+    for transform in (JointSpaceAdv(network, eta=0), RobustMixup(network, num_classes=5)):
+        with pytest.raises(ValueError, match=r"JointSpaceAdv takes masks with an objective="):
+            transform(digits[:6], masks)
