@@ -357,9 +357,9 @@ def _held_by(thing: Any) -> Sequence[Any] | None:
 
 
 def _named_in(function: FunctionType) -> list[Any]:
-    """What a function finds among global names."""
-    found = function.__globals__
-    return [found[name] for name in function.__code__.co_names if name in found]
+    """What a function finds among global names, but for packages and classes."""
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return [value for value in named if not isinstance(value, (ModuleType, type))]
 
 
 def _full(cell: Any) -> bool:

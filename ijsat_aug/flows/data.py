@@ -204,7 +204,8 @@ def _from_torchvision(
         options["train"] = train
     elif "split" not in known and not train:
         raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
-    dataset = kind(root, **options) if "split" not in known else _split(kind, root, options, train)
+    by_split = "split" in known and "train" not in known
+    dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
     targets: list[Any] = []
 
     def pictures() -> Iterator[Any]:
