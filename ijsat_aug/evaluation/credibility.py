@@ -41,7 +41,7 @@ def doubts(victim: Victim, images: Tensor, labels: Tensor, seed: int = 0) -> lis
     training = isinstance(victim.model, nn.Module) and victim.model.training
     with victim.frozen():
         logits = victim(images).detach()
-        lost = ~logits.isfinite().all(1)
+        lost = logits.isnan().any(1)
         if lost.any():
             return [_not_finite(float(lost.float().mean()))]
         right = logits.argmax(1) == labels
@@ -94,7 +94,7 @@ def black_box_wins(right: Mapping[str, int], count: int) -> str | None:
 
 def _not_finite(share: float) -> str:
     return (
-        f"The model answers {share:.0%} of the images with no finite numbers: they count as wrong, "
+        f"The model answers {share:.0%} of the images with no numbers (NaN): they count as wrong, "
         "and no other doubt was looked into."
     )
 

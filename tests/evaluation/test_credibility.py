@@ -217,4 +217,4 @@ def test_answers_that_are_no_numbers(net, digits, labels) -> None:
     found = evaluate(Diverged(middle), x, y, threats=[], corruptions=[])
     assert 0.3 < found.accuracy("clean") <= 0.55
     (warning,) = found.warnings
-    assert "with no finite numbers: they count as wrong" in warning
+    assert "with no numbers (NaN): they count as wrong" in warning

@@ -58,8 +58,9 @@ class SpaceInfo:
             >>> [SPACES["jpeg_l1"].usual((3, side, side)) for side in (32, 224)]
             [256.0, 16384.0]
         """
-        is_large = min(shape[1:]) >= LARGE_SIDE and self.large is not None
-        return self.large if is_large else self.budget  # type: ignore[return-value]
+        if self.large is not None and min(shape[1:]) >= LARGE_SIDE:
+            return self.large
+        return self.budget
 
 
 @dataclass(frozen=True, eq=False)
