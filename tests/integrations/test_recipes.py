@@ -180,8 +180,9 @@ def test_hugging_face(photographs, tmp_path) -> None:
     assert torch.equal(torch.cat([x for _, x in seen]), clean)
 
     options.gradient_accumulation_steps = 2
+    model.config.problem_type = None  # which the model found out by the class numbers above
     names = {"model": model, "options": options, "rows": rows}
-    blends = recipe("huggingface", 1, Trainer=transformers.Trainer, **{**found, **names})
+    blends = recipe("huggingface", 1, **{**found, **names})
     found["AugmentedTrainer"]._prepare_inputs.__globals__["augment"] = blends["augment"]
     trainer = blends["trainer"]
     trainer.eval_dataset = rows
