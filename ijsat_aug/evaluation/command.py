@@ -114,7 +114,7 @@ def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
     by_class = data.labels is not None and bool((data.labels.diff() >= 0).all())
     if data.classes is None and (first or not by_class):
         return data.take(torch.arange(limit))
-    return data.take(torch.linspace(0, count - 1, limit).round().long())
+    return data.spaced(limit)
 
 
 def _name(model: str, weights: str | None) -> str:

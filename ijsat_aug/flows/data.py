@@ -53,6 +53,11 @@ class ImageData:
         labels = None if self.labels is None else self.labels[index]
         return replace(self, images=self.images[index], labels=labels)
 
+    def spaced(self, count: int) -> ImageData:
+        """So many of them at most, evenly spaced, as a folder is sorted by class."""
+        whole = len(self.images)
+        return self.take(torch.linspace(0, whole - 1, min(count, whole)).round().long())
+
 
 def load_images(
     source: str | Path,

@@ -59,7 +59,7 @@ def publish(
     model.to(device)
     flow = freeze(config, state, device=device)
     measured = test or held_out
-    shown = measured.take(_spaced(len(measured.images), _CALIBRATION_IMAGES))
+    shown = measured.spaced(_CALIBRATION_IMAGES)
     images = shown.images.to(device).float() / (config.bins - 1)
     bits = {"held_out": evaluate(model, config, held_out)}
     if test is not None:
@@ -81,11 +81,6 @@ def publish(
         calibration=calibrate(flow, images, shown.labels, network=network),
         training=training,
     )  # fmt: skip
-
-
-def _spaced(count: int, wanted: int) -> Tensor:
-    """Places of so many of ``count`` images, evenly spaced, as a folder is sorted by class."""
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
 
 def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
@@ -122,9 +117,7 @@ def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(flow.device).manual_seed(0)
     rows = [flow.sample(_COLUMNS, t, generator) for t in (0.5, 0.7, 0.85, 1.0)]
-    real = data.images[_spaced(len(data.images), _COLUMNS)].to(flow.device).float() / (
-        data.bins - 1
-    )
+    real = data.spaced(_COLUMNS).images.to(flow.device).float() / (data.bins - 1)
     pairs = torch.cat((real, flow.decode(flow.encode(real)).clamp(0, 1)))
     pictures = {
         "samples": (torch.cat(rows), _COLUMNS),
