@@ -187,7 +187,8 @@ _STEPS_ON_GPU = {
 def _time_and_memory(result: Mapping[str, Any], name: str) -> tuple[str, str]:
     if name not in result["ratios"]:
         return "", ""
-    return spread(result["ratios"][name]), f"{result['memory_ratios'][name]:.2f}"
+    memory = result["memory_ratios"].get(name)
+    return spread(result["ratios"][name]), "" if memory is None else f"{memory:.2f}"
 
 
 def strength_table() -> str:

@@ -25,6 +25,7 @@ from ijsat_aug.flows.recipe import Recipe
 from ijsat_aug.training import (
     AdversarialWeightPerturbation,
     CapturedStep,
+    CapturedTransform,
     MARTLoss,
     TRADESLoss,
     convert_split_batchnorm,
@@ -613,3 +614,63 @@ def test_what_cannot_be_captured_is_told() -> None:
         step(x)
     with pytest.raises(ValueError, match="move it first"):
         step(x, torch.ones(2))
+
+
+def jointly(net: nn.Module) -> JointSpaceAdv:
+    return JointSpaceAdv(net, "cifar10-fast", steps=2, best=True, fraction=0.5, generator=0)
+
+
+def mixed(net: nn.Module) -> RobustMixup:
+    return RobustMixup.preset("accuracy", net, num_classes=10, generator=0)
+
+
+def appended(net: nn.Module) -> RobustMixup:
+    attack = JointSpaceAdv(net, "cifar10-fast", generator=0)
+    return RobustMixup(net, num_classes=10, attack=attack, mode="append", lam_steps=1, generator=0)
+
+
+@pytest.mark.parametrize("make", [jointly, mixed, appended])
+def test_a_captured_transform_moves_as_a_called_one(make: Any) -> None:
+    net = colour_network().to(DEVICE)
+    twin = copy.deepcopy(net)
+    captured_one, called = CapturedTransform(make(net)), make(twin)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in (net, twin)]
+    kept = []
+    for seed in range(12):
+        batch = colour_batch(seed)
+        if seed == 9:  # other weights at another place
+            for n in (net, twin):
+                n.load_state_dict({k: v.clone() for k, v in n.state_dict().items()}, assign=True)
+            optimizers = [torch.optim.SGD(n.parameters(), lr=0.05) for n in (net, twin)]
+        ours, theirs = captured_one(batch), called(*batch)
+        kept.append((ours[0], ours[0].clone(), ours[1]))
+        assert share_of_equal(ours[0], theirs[0]) >= 0.95, seed
+        torch.testing.assert_close(ours[1], theirs[1])
+        assert captured_one.transform.last.keys() == called.last.keys()
+        torch.testing.assert_close(
+            captured_one.transform.last["loss"], called.last["loss"], rtol=1e-2, atol=1e-2
+        )
+        for n, optimizer in zip((net, twin), optimizers, strict=True):
+            F.cross_entropy(n(theirs[0]), theirs[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (captured_one._step._graph is not None) == (seed in (4, 5, 6, 7, 8)), seed
+    for images, as_they_were, _ in kept:  # no batch is overwritten by a later one
+        assert torch.equal(images, as_they_were)
+
+
+def test_a_captured_loader_takes_every_batch_and_new_settings() -> None:
+    net = colour_network().to(DEVICE)
+    batches = [colour_batch(seed) for seed in range(7)]
+    batches.append(tuple(part[:3] for part in batches[0]))  # type: ignore[arg-type]
+    mix, called = (RobustMixup(net, num_classes=10, generator=0) for _ in range(2))
+    ours = AugmentedLoader(batches, mix, captured=True)
+    for eps in (1 / 255, 8 / 255):
+        for one in (mix, called):
+            assert isinstance(one.attack, JointSpaceAdv)
+            one.attack.threat = dataclasses.replace(one.attack.threat, eps=eps)
+        for (x, y), (a, b) in zip(ours, map(called, batches), strict=True):
+            assert share_of_equal(x, a) >= 0.95
+            torch.testing.assert_close(y, b)
+        assert ours.graph is not None
+        assert ours.graph._step._graph is not None

@@ -3,6 +3,7 @@
 from .awp import AdversarialWeightPerturbation
 from .batchnorm import auxiliary_batchnorm, convert_split_batchnorm
 from .captured import CapturedStep
+from .captured_transform import CapturedTransform
 from .loader import AugmentedLoader, collate
 from .losses import IATLoss, MARTLoss, TRADESLoss
 
@@ -10,6 +11,7 @@ __all__ = [
     "AdversarialWeightPerturbation",
     "AugmentedLoader",
     "CapturedStep",
+    "CapturedTransform",
     "IATLoss",
     "MARTLoss",
     "TRADESLoss",

@@ -15,13 +15,22 @@ from torch.utils.data import default_collate
 from ..transforms.batch import BatchTransform
 from ..transforms.replay import replay
 from ..transforms.settings import check_count
+from .captured_transform import CapturedTransform
 
 __all__ = ["AugmentedLoader", "collate"]
 
 T = TypeVar("T")
 
-_OWN = ("loader", "transform", "device", "plan", "epoch", "heard")  # the rest is the loader's
-_PLANNED = ("replay", "every", "epochs")
+_OWN = (
+    "loader",
+    "transform",
+    "device",
+    "plan",
+    "epoch",
+    "heard",
+    "graph",
+)  # the rest: its
+_PLANNED = ("replay", "every", "epochs", "captured")
 
 
 class AugmentedLoader(Generic[T]):
@@ -45,6 +54,8 @@ class AugmentedLoader(Generic[T]):
             None is never. Epochs are passes over more than a first batch, counted from 0, or told
             by ``set_epoch`` of this loader or of a sampler in it; tell it where a resumed training
             begins.
+        captured: On CUDA repeat the attack as a graph, from its fifth batch on: see
+            :class:`~ijsat_aug.training.CapturedTransform`. Not with ``replay``.
 
     Example:
         >>> from ijsat_aug import RobustMixup
@@ -74,6 +85,7 @@ class AugmentedLoader(Generic[T]):
         replay: int = 1,
         every: int = 1,
         epochs: tuple[int, int | None] | None = None,
+        captured: bool = False,
     ) -> None:
         if not callable(transform) or isinstance(transform, type):
             got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
@@ -85,6 +97,12 @@ class AugmentedLoader(Generic[T]):
         self.epoch = 0
         self.heard: int | None = None
         self._hear()
+        if captured and replay > 1:
+            raise ValueError(
+                "captured=True repeats an attack that asks the model, which a replay does not do: "
+                "leave one of them out."
+            )
+        self.graph = CapturedTransform(transform) if captured else None  # type: ignore[arg-type]
         if self.plan == Plan():
             return
         if not isinstance(transform, BatchTransform):
@@ -98,11 +116,14 @@ class AugmentedLoader(Generic[T]):
     def __iter__(self) -> Iterator[Any]:
         self._hear()
         move, plan, epoch = _mover(self.device), self.plan, self.epoch
+        if self.graph is not None and self.graph.transform is not self.transform:
+            self.graph = CapturedTransform(self.transform)  # type: ignore[arg-type]
+        work = self.graph or self.transform
         number = -1
         for number, batch in enumerate(self.loader):
             if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
                 self.epoch = epoch + 1
-            yield from plan.shown(self.transform, move(batch), epoch, number)
+            yield from plan.shown(self.transform, work, move(batch), epoch, number)
         if number == 0:
             self.epoch = epoch + 1
 
@@ -196,7 +217,9 @@ class Plan:
         """How often batches are shown in an epoch; the same in all epochs."""
         return batches + (self.replay - 1) * -(-batches // self.every)
 
-    def shown(self, transform: Any, batch: Any, epoch: int, number: int) -> Iterator[Any]:
+    def shown(
+        self, transform: Any, work: Any, batch: Any, epoch: int, number: int
+    ) -> Iterator[Any]:
         """What a batch becomes, one time or several."""
         first, end = self.epochs
         turn = number % self.every == 0
@@ -204,7 +227,7 @@ class Plan:
         if works and self.replay > 1:
             yield from replay(transform, batch, self.replay)
         elif works:
-            yield transform(batch)
+            yield work(batch)
         else:
             for _ in range(self.replay if turn else 1):
                 yield from replay(transform, batch, 1)
