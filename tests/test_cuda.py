@@ -602,20 +602,6 @@ def test_a_flow_trains_and_resumes(tmp_path) -> None:
     assert flow.sample(2).is_cuda
 
 
-# Last: a capture that failed is not sure to leave the device as it was.
-
-
-def test_what_cannot_be_captured_is_told() -> None:
-    step = CapturedStep(lambda x: x * 2 if x.sum() > 0 else x)
-    x = torch.ones(2, device=DEVICE)
-    for _ in range(3):
-        step(x)
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        step(x)
-    with pytest.raises(ValueError, match="move it first"):
-        step(x, torch.ones(2))
-
-
 def jointly(net: nn.Module) -> JointSpaceAdv:
     return JointSpaceAdv(net, "cifar10-fast", steps=2, best=True, fraction=0.5, generator=0)
 
@@ -634,28 +620,26 @@ def test_a_captured_transform_moves_as_a_called_one(make: Any) -> None:
     net = colour_network().to(DEVICE)
     twin = copy.deepcopy(net)
     captured_one, called = CapturedTransform(make(net)), make(twin)
-    optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in (net, twin)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     kept = []
     for seed in range(12):
         batch = colour_batch(seed)
-        if seed == 9:  # other weights at another place
-            for n in (net, twin):
-                n.load_state_dict({k: v.clone() for k, v in n.state_dict().items()}, assign=True)
-            optimizers = [torch.optim.SGD(n.parameters(), lr=0.05) for n in (net, twin)]
+        if seed == 9:  # the weights move to another place
+            net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        twin.load_state_dict(net.state_dict())
         ours, theirs = captured_one(batch), called(*batch)
-        kept.append((ours[0], ours[0].clone(), ours[1]))
+        kept.append((ours[0], ours[0].clone()))
         assert share_of_equal(ours[0], theirs[0]) >= 0.95, seed
         torch.testing.assert_close(ours[1], theirs[1])
         assert captured_one.transform.last.keys() == called.last.keys()
-        torch.testing.assert_close(
-            captured_one.transform.last["loss"], called.last["loss"], rtol=1e-2, atol=1e-2
-        )
-        for n, optimizer in zip((net, twin), optimizers, strict=True):
-            F.cross_entropy(n(theirs[0]), theirs[1]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        facts = (captured_one.transform.last["loss"], called.last["loss"])
+        torch.testing.assert_close(*facts, rtol=1e-2, atol=1e-2, equal_nan=True)
+        F.cross_entropy(net(ours[0]), ours[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         assert (captured_one._step._graph is not None) == (seed in (4, 5, 6, 7, 8)), seed
-    for images, as_they_were, _ in kept:  # no batch is overwritten by a later one
+    for images, as_they_were in kept:  # no batch is overwritten by a later one
         assert torch.equal(images, as_they_were)
 
 
@@ -674,3 +658,18 @@ def test_a_captured_loader_takes_every_batch_and_new_settings() -> None:
             torch.testing.assert_close(y, b)
         assert ours.graph is not None
         assert ours.graph._step._graph is not None
+
+
+# Last: a capture that failed is not sure to leave the device as it was.
+
+
+def test_what_cannot_be_captured_is_told() -> None:
+    step = CapturedStep(lambda x: x * 2 if x.sum() > 0 else x)
+    x = torch.ones(2, device=DEVICE)
+    for _ in range(3):
+        step(x)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        step(x)
+    with pytest.raises(ValueError, match="move it first"):
+        step(x, torch.ones(2))
+    assert nn.Dropout(0.5)(x).shape == (2,)  # the generator has left the capture

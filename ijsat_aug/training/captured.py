@@ -92,6 +92,7 @@ class CapturedStep:
         except Exception as error:
             with suppress(RuntimeError):
                 graph.capture_end()
+            _end_capture_of_the_generator()
             raise RuntimeError(
                 "the step cannot be captured as a CUDA graph: it must not ask for values on the "
                 "host (item, if tensor:), copy from the CPU or draw on it; pass these in."
@@ -112,6 +113,15 @@ class CapturedStep:
         with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
+
+
+def _end_capture_of_the_generator() -> None:
+    """A capture that failed leaves torch's generator in it, and no dropout would work again."""
+    graph, one = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
+    with suppress(RuntimeError):
+        graph.capture_begin(capture_error_mode="thread_local")
+        one.add_(1)
+        graph.capture_end()
 
 
 def _on_gpu(leaf: object) -> bool:

@@ -51,11 +51,11 @@ class CapturedTransform:
         images = parts.images
         if not (isinstance(images, Tensor) and images.is_cuda and transform.training):
             return transform(*batch)
-        known = self._state()
-        if known != self._known:
+        if self._known != self._state():
             _check_captured(transform)
-            self._known, self._step = known, CapturedStep(self._work)
-            return transform(*batch)
+            result = transform(*batch)  # may move a flow
+            self._known, self._step = self._state(), CapturedStep(self._work)
+            return result
         plain = images.as_subclass(Tensor)
         params = transform.draw(plain, parts.labels)
         if params is None:
