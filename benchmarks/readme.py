@@ -126,13 +126,15 @@ def cost_table() -> str:
     results = [load(name) for name in columns.values()]
     names = (
         "mixup", "RobustMixup", "JointSpaceAdv", "IJSAT", "IJSAT, bf16", "IJSAT, bf16, fast flow",
-        "IJSAT, replay, bf16, fast flow",
+        "IJSAT, replay, bf16, fast flow", "RobustMixup, bf16, captured", "IJSAT, bf16, captured",
+        "IJSAT, bf16, fast flow, captured",
     )  # fmt: skip
     rows = [[name, *(_time_and_memory(r, name)[0] for r in results)] for name in names]
     where = ", ".join(dict.fromkeys(r["hardware"] for r in results))
     note = (
         '"fast flow": `cifar10-fast` instead of `cifar10`; "replay": the second showing of a batch '
-        f"that is shown twice. Median [quartiles] of interleaved rounds. {where}."
+        'that is shown twice; "captured": `AugmentedLoader(..., captured=True)`. '
+        f"Median [quartiles] of interleaved rounds. {where}."
     )
     return markdown(["", *columns], rows, note)
 
@@ -173,9 +175,13 @@ def gpu_step_table() -> str:
     )
     last = next(reversed(results.values()))
     note = f"{told}. Median [quartiles] of {last['rounds']} interleaved rounds. {machine(last)}."
-    return "On a GPU, step by step, without CUDA graphs:\n\n" + markdown(head, rows, note)
+    return f"{_ON_A_GPU}\n\n" + markdown(head, rows, note)
 
 
+_ON_A_GPU = (
+    'An ordinary loop on a GPU; "captured" repeats the attack as a CUDA graph, the other rows launch '
+    "every kernel:"
+)
 _STEPS_ON_GPU = {
     "speed-step-gpu": "float32",
     "speed-step-bf16-gpu": "bf16",
