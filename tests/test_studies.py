@@ -95,8 +95,16 @@ def test_times_are_those_of_the_machine_of_plain_training() -> None:
     runs += [one("OM", s, 50.0, hardware="fast", seconds=0.2) for s in range(2)]
     runs += [one("OM", 2, 50.0, hardware="slow", seconds=6.0)]
     runs += [one("mixup", 0, 50.0, hardware="fast", seconds=0.1)]
-    found = {row: entry["seconds"] for row, entry in summary(runs, ()).items()}
-    assert found == {"plain": 2.0, "OM": 6.0, "mixup": None}
+    found = {row: entry["time"] for row, entry in summary(runs, ()).items()}
+    assert found == {"plain": 1.0, "OM": 3.0, "mixup": None}
+
+
+def test_a_time_is_against_plain_training_of_the_same_minutes() -> None:
+    """A GPU has another clock on another day."""
+    runs = [one("plain", 0, 50.0, hardware="a GPU", seconds=1.649)]
+    runs += [one("OM", 0, 50.0, hardware="a GPU", seconds=3.2, plain_seconds=1.6)]
+    runs += [one("OM", 1, 50.0, hardware="another", seconds=5.0, plain_seconds=2.0)]
+    assert summary(runs, ())["OM"]["time"] == 2.25
 
 
 def test_a_run_is_kept_and_a_long_one_takes_the_others_time(tmp_path: Path) -> None:
@@ -130,7 +138,7 @@ def test_a_study_goes_on_from_its_record_on_another_machine(
     found = study.result(range(5), ())
     assert set(found["hardware"].split(" and ")) == {where(), "elsewhere"}
     assert found["table"]["500"]["OM"]["accuracy"] == interval([50.0, 51.0, 60.0])
-    assert found["table"]["500"]["OM"]["seconds"] == 2.0  # those of elsewhere, which made two
+    assert found["table"]["500"]["OM"]["time"] is None  # without plain training there is none
     with pytest.raises(SystemExit, match="the seconds of 'OM' are of elsewhere"):
         study.run(LONG, 500, 0)
 

@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -376,26 +376,40 @@ def summary(runs: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str, 
     by_row: dict[str, dict[int, dict[str, Any]]] = {}
     for one in runs:
         by_row.setdefault(one["row"], {})[one["seed"]] = one
-    # Times of two machines do not compare: those count that were taken where plain training was.
-    timed = list(by_row.get("plain", {}).values()) or runs
-    machine = statistics.mode(one.get("hardware") for one in timed) if timed else None
-    return {row: _entry(row, by_row, rivals, machine) for row in by_row}
+    plain = _times_of_plain(list(by_row.get("plain", {}).values()))
+    return {row: _entry(row, by_row, rivals, plain) for row in by_row}
+
+
+def _times_of_plain(runs: Sequence[dict[str, Any]]) -> dict[str | None, float]:
+    """What plain training took on the machine that made most runs of it.
+
+    Times of two machines do not compare: only what was trained there has one.
+    """
+    if not runs:
+        return {}
+    machine = statistics.mode(one.get("hardware") for one in runs)
+    took = [one["seconds"] for one in runs if one.get("hardware") == machine]
+    return {machine: statistics.mean(took)}
 
 
 def _entry(
     row: str,
     by_row: dict[str, dict[int, dict[str, Any]]],
     rivals: Sequence[str],
-    machine: str | None,
+    plain: Mapping[str | None, float],
 ) -> dict[str, Any]:
     seeds = by_row[row]
-    seconds = [one["seconds"] for one in seeds.values() if one.get("hardware") == machine]
+    beside = [
+        (one["seconds"], one.get("plain_seconds", plain.get(one.get("hardware"))))
+        for one in seeds.values()
+    ]
+    times = [ours / theirs for ours, theirs in beside if theirs]
     entry: dict[str, Any] = {
         "seeds": sorted(seeds),
         "accuracy": interval(one["last"] for one in seeds.values()),
         "best_epoch": interval(one["best"] for one in seeds.values()),
         "steps": round(statistics.mean(one["steps"] for one in seeds.values())),
-        "seconds": round(statistics.mean(seconds), 1) if seconds else None,
+        "time": round(statistics.mean(times), 3) if times else None,  # against plain training
         "passes": round(statistics.mean(one["passes"] for one in seeds.values())),
     }
     as_long = [name for name, (_, whom) in AS_LONG.items() if whom == row]

@@ -3,7 +3,8 @@
 What is learnt, and how, is what :func:`benchmarks.accuracy.study.train` does. Each training draws
 its order, crops and augmentations from generators of its own, so that it does not depend on those
 beside it. Its seconds are those of its steps when nothing else runs, which is measured before; they
-say how many steps a row "for as long as ..." has.
+say how many steps a row "for as long as ..." has. Beside them stand those of plain training,
+measured in the same minutes: a GPU has another clock on another day.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ def courses_of(
     """
     run = study.planned("plain", setting, seed)
     courses = Courses()
-    for who in (who for row in rows for who in AS_LONG.get(row, (row,))):
+    for who in ("plain", *(who for row in rows for who in AS_LONG.get(row, (row,)))):
         if who not in courses.timed:
             course = Course(who, study.start(run), study.flow, device)
             alone(course.time(study.task(run)))
@@ -326,6 +327,7 @@ def train_row(
             if study.file(run).is_file():
                 continue
             task, who = study.task(run), row
+            plain = {"plain_seconds": round(courses.seconds("plain", task), 3)}
             if row in AS_LONG:
                 who, whom = AS_LONG[row]
                 share = courses.seconds(whom, task) / courses.seconds(who, task)
@@ -335,7 +337,7 @@ def train_row(
             trained = yield from course.train(task)
             facts = study.told(run, trained)
             more = yield from study.also(run, trained)
-            study.keep(run, facts | more)
+            study.keep(run, facts | plain | more)
             courses.idle.append(course)
 
 
