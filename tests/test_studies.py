@@ -67,7 +67,7 @@ def test_every_image_is_shown_once_an_epoch() -> None:
 
 def test_an_interval_is_students() -> None:
     assert interval([3.0]) == (3.0, None)
-    assert interval([1.0, 2.0, 3.0]) == (2.0, 2.48)  # t = 4.303, s = 1, n = 3
+    assert interval([1.0, 2.0, 3.0]) == (2.0, 2.4841)  # t = 4.303, s = 1, n = 3
 
 
 def one(row: str, seed: int, last: float, **more: float | str) -> dict[str, Any]:

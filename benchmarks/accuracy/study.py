@@ -366,9 +366,9 @@ def interval(values: Iterable[float]) -> Interval:
     """Mean, and half the width of its 95 % interval (Student's t), which one value has not."""
     found = list(values)
     if len(found) < 2:
-        return round(found[0], 2), None
+        return round(found[0], 4), None
     error = statistics.stdev(found) / math.sqrt(len(found))
-    return round(statistics.mean(found), 2), round(student.ppf(0.975, len(found) - 1) * error, 2)
+    return round(statistics.mean(found), 4), round(student.ppf(0.975, len(found) - 1) * error, 4)
 
 
 def summary(runs: Sequence[dict[str, Any]], rivals: Sequence[str]) -> dict[str, Any]:
