@@ -638,7 +638,7 @@ def test_a_captured_transform_moves_as_a_called_one(make: Any) -> None:
         F.cross_entropy(net(ours[0]), ours[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert (captured_one._step._graph is not None) == (seed in (4, 5, 6, 7, 8)), seed
+        assert captured_one._step.captured == (seed in (4, 5, 6, 7, 8)), seed
     for images, as_they_were in kept:  # no batch is overwritten by a later one
         assert torch.equal(images, as_they_were)
 
@@ -656,8 +656,8 @@ def test_a_captured_loader_takes_every_batch_and_new_settings() -> None:
         for (x, y), (a, b) in zip(ours, map(called, batches), strict=True):
             assert share_of_equal(x, a) >= 0.95
             torch.testing.assert_close(y, b)
-        assert ours.graph is not None
-        assert ours.graph._step._graph is not None
+        assert ours._graph is not None
+        assert ours._graph._step.captured
 
 
 # Last: a capture that failed is not sure to leave the device as it was.

@@ -193,7 +193,7 @@ class Tiles(_Resized):
         self.flow, self.size, self.overlap = flow, size, overlap
         rows, columns = _places(size[0], height, overlap), _places(size[1], width, overlap)
         self.places = [(i, j) for i in rows for j in columns]
-        self._weights: Tensor | None = None
+        self._weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # copies share it
 
     def __len__(self) -> int:
         return len(self.places)
@@ -242,8 +242,8 @@ class Tiles(_Resized):
 
     def _blending(self, tiles: Tensor) -> Tensor:
         """Weights of every tile ``(T, 1, H, W)``: high in its middle; they sum to 1 everywhere."""
-        kept = self._weights
-        if kept is None or (kept.device, kept.dtype) != (tiles.device, tiles.dtype):
+        place = (tiles.device, tiles.dtype)
+        if place not in self._weights:
             height, width = self.flow.shape[1:]
             with torch.inference_mode(False):
                 hat = _hat(height)[:, None] * _hat(width)
@@ -251,9 +251,8 @@ class Tiles(_Resized):
                 for i, j in self.places:
                     total[i : i + height, j : j + width] += hat
                 shares = [hat / total[i : i + height, j : j + width] for i, j in self.places]
-                kept = torch.stack(shares)[:, None].to(tiles.device, tiles.dtype)
-            self._weights = kept
-        return kept
+                self._weights[place] = torch.stack(shares)[:, None].to(*place)
+        return self._weights[place]
 
 
 def _checked(size: tuple[int, int]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 __all__ = ["CapturedStep"]
 
 _WARM_UP = 3  # calls in which libraries choose their kernels and optimisers make their state
+_KINDS = 16  # of inputs, beyond which the oldest is forgotten
 
 
 class CapturedStep:
@@ -22,9 +23,9 @@ class CapturedStep:
     a captured step is several times faster. A graph repeats what was done with other contents, so
     that all that is random, and all that changes, has to come in as a tensor: the draws of a
     transform by ``draw``, a learning rate that is scheduled as a tensor that ``fill_`` changes
-    (``SGD(..., lr=tensor, fused=True)``; Adam also needs ``capturable=True``). Inputs of other
-    shapes than those of the first call, such as a last, smaller batch, are passed to the function
-    itself.
+    (``SGD(..., lr=tensor, fused=True)``; Adam also needs ``capturable=True``). The shapes that come
+    a fourth time first are captured; inputs of others, such as a last, smaller batch, are passed to
+    the function itself.
 
     Args:
         step: Takes tensors, or tuples and mappings of tensors. It may not ask for values on the
@@ -52,12 +53,17 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Any]) -> None:
         self.step = step
+        self._calls: list[list[Any]] = []  # each kind of inputs, and how often it came
         self._kind: Any = None
-        self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Any] = []
         self._output: Any = None
         self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph."""
+        return self._graph is not None
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the function, or repeat what it did with these inputs."""
@@ -67,24 +73,31 @@ class CapturedStep:
             return self.step(*inputs)
         with torch.cuda.device(device), self._aside():
             kind = (tree, [_kind_of(leaf) for leaf in leaves])
-            if self._kind is None:
-                self._kind = kind
+            if self._graph is None and self._count(kind) > _WARM_UP:
+                self._inputs = [_own(leaf) for leaf in leaves]
+                self._graph, self._kind = self._capture(tree), kind
             if kind != self._kind:
                 return self.step(*inputs)
-            self._calls += 1
-            if self._calls <= _WARM_UP:
-                return self.step(*inputs)
-            if self._graph is None:
-                self._inputs = [leaf.clone() if _on_gpu(leaf) else leaf for leaf in leaves]
-                self._graph = self._capture(tree)
-            for ours, leaf in zip(self._inputs, leaves, strict=True):
-                if _on_gpu(ours):
-                    ours.copy_(leaf, non_blocking=True)
+            assert self._graph is not None
+            with torch.no_grad():
+                for ours, leaf in zip(self._inputs, leaves, strict=True):
+                    if _on_gpu(ours):
+                        ours.copy_(leaf, non_blocking=True)
             self._graph.replay()
             return self._output
 
+    def _count(self, kind: Any) -> int:
+        """How often this kind of inputs came."""
+        for entry in self._calls:
+            if entry[0] == kind:
+                entry[1] += 1
+                return int(entry[1])
+        self._calls = [*self._calls[-_KINDS:], [kind, 1]]
+        return 1
+
     def _capture(self, tree: Any) -> torch.cuda.CUDAGraph:
         """As ``torch.cuda.graph`` does, but without waiting for what other streams do."""
+        torch.cuda.empty_cache()  # nothing that torch keeps can be freed during a capture
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         try:
@@ -93,9 +106,15 @@ class CapturedStep:
             with suppress(RuntimeError):
                 graph.capture_end()
             _end_capture_of_the_generator()
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise torch.cuda.OutOfMemoryError(
+                    "no memory of the GPU is left for a CUDA graph, which has memory of its own: "
+                    "take smaller batches, or do not capture."
+                ) from error
             raise RuntimeError(
-                "the step cannot be captured as a CUDA graph: it must not ask for values on the "
-                "host (item, if tensor:), copy from the CPU or draw on it; pass these in."
+                "the step, or the attack of captured=True, cannot be captured as a CUDA graph: it "
+                "must not ask for values on the host (item, if tensor:), copy from the CPU or draw "
+                "on it, nor be compiled into graphs of its own: pass these in, or do not capture."
             ) from error
         graph.capture_end()
         return graph
@@ -124,6 +143,14 @@ def _end_capture_of_the_generator() -> None:
         graph.capture_end()
 
 
+def _own(leaf: Any) -> Any:
+    """A tensor on the GPU that later calls write to, without what led to it."""
+    if not _on_gpu(leaf):
+        return leaf
+    with torch.inference_mode(False):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
 def _on_gpu(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_cuda
 
@@ -135,4 +162,4 @@ def _kind_of(leaf: Any) -> Any:
             "a captured step got a tensor on the CPU beside those on the GPU, and would keep its "
             'contents for ever: move it first, as in x.to("cuda", non_blocking=True).'
         )
-    return (leaf.shape, leaf.dtype, leaf.device) if _on_gpu(leaf) else leaf
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if _on_gpu(leaf) else leaf

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..transforms.batch import BatchTransform
@@ -15,34 +18,53 @@ from .captured import CapturedStep
 
 __all__ = ["CapturedTransform"]
 
+_PATIENCE = 50  # batches, after which it is told that nothing was captured
+_OF_THE_MOMENT = {"last", "_seen", "_buffers", "_parameters", "_modules"}
+_OWN = ("transform", "_tried", "_known", "_step")
+_PLAIN = (bool, int, float, str)
+
 
 class CapturedTransform:
     """A transform whose work on a GPU becomes a CUDA graph, from its fifth batch on.
 
     The attack then no longer waits for the launch of its many small kernels, and does what the
     transform does. The model is trained meanwhile, in place. A graph keeps the settings of the
-    transform and where the weights lie: after a change of these it is made anew. A last, smaller
-    batch, and all on a CPU, go through the transform itself.
+    transform, where the weights lie, and of modules the numbers and words that are their
+    attributes: after a change of these it is made anew, some batches later, so that settings that
+    change with every batch are never captured. What else is Python in a model or an objective of
+    your own stays as it was: :meth:`reset` makes the graph anew. Batches of another shape than
+    most, and all on a CPU, go through the transform itself.
 
-    The graph has memory of its own, and asks nothing of the host: neither may the model.
+    The graph has memory of its own, and asks nothing of the host: neither may the model. All
+    attributes are those of the transform.
 
     Args:
-        transform: One of ours, without ``tau``, ``model_mode="train"`` or an attack of your own.
+        transform: A ``JointSpaceAdv`` without ``tau`` or a ``RobustMixup`` around one, not of
+            ``model_mode="train"``; the model is a module that is not sharded.
 
     Example:
         >>> from ijsat_aug import RobustMixup
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         >>> mix = CapturedTransform(RobustMixup(net, num_classes=10))
         >>> x, y = mix(torch.rand(4, 1, 8, 8), torch.tensor([3, 1, 4, 1]))
-        >>> x.shape, y.shape
-        (torch.Size([4, 1, 8, 8]), torch.Size([4, 10]))
+        >>> x.shape, y.shape, mix.num_classes
+        (torch.Size([4, 1, 8, 8]), torch.Size([4, 10]), 10)
     """
 
     def __init__(self, transform: BatchTransform) -> None:
         _check_captured(transform)
         self.transform = transform
-        self._step = CapturedStep(self._work)
+        self._tried = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the graph anew, some batches later.
+
+        Example:
+            >>> CapturedTransform(RobustMixup(num_classes=10, eps=0)).reset()
+        """
         self._known: Any = None
+        self._step = CapturedStep(partial(_work, self.transform))
 
     def __call__(self, *batch: Any) -> Any:
         """The batch with other images, which the next call leaves alone."""
@@ -51,42 +73,91 @@ class CapturedTransform:
         images = parts.images
         if not (isinstance(images, Tensor) and images.is_cuda and transform.training):
             return transform(*batch)
-        if self._known != self._state():
+        if self._known != _state(transform):
+            self._tell_of_none()
             _check_captured(transform)
+            self.reset()
             result = transform(*batch)  # may move a flow
-            self._known, self._step = self._state(), CapturedStep(self._work)
+            self._known = _state(transform)
             return result
-        plain = images.as_subclass(Tensor)
-        params = transform.draw(plain, parts.labels)
+        plain, labels = images.detach().as_subclass(Tensor), parts.labels
+        params = transform.draw(plain, transform.as_labels(plain, labels))
         if params is None:
             return parts.rebuild(*transform.augment(images, parts.labels, None)[:2])
-        found = self._step(plain, parts.labels, params)
-        new, labels, same, transform.last = pytree.tree_map_only(Tensor, Tensor.clone, found)
+        self._tell_of_none()
+        found = self._step(plain, labels, params)
+        new, labels, same, lasts = pytree.tree_map_only(Tensor, Tensor.clone, found)
+        for part, last in zip(_transforms(transform), lasts, strict=True):
+            part.last = last
         return parts.rebuild(new.as_subclass(type(images)), parts.labels if same else labels)
 
-    def _work(self, images: Tensor, labels: Any, params: dict[str, Any]) -> tuple[Any, ...]:
-        new, news, _ = self.transform.augment(images, labels, params)
-        return new, news, news is labels, self.transform.last
+    def _tell_of_none(self) -> None:
+        """A word, once, where batch after batch nothing is captured."""
+        self._tried = -1 if self._step.captured or self._tried < 0 else self._tried + 1
+        if self._tried == _PATIENCE:
+            warnings.warn(
+                f"captured=True has captured nothing in {_PATIENCE} batches: the settings, the "
+                "places of the weights or the shapes of the batches change too often.",
+                stacklevel=3,
+            )
 
-    def _state(self) -> Any:
-        """What a graph keeps for ever."""
-        parts = _transforms(self.transform)
-        modules = [module for part in parts for module in part.handle.modules]
-        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
-        low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        flows = [getattr(part, "_flow", None) for part in parts]
-        places = [None if t is None else t.data_ptr() for t in tensors]
-        return repr(self.transform), [part.training for part in parts], flows, low, places
+    def __getattr__(self, name: str) -> Any:
+        if name == "transform" or name.startswith("__"):  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.transform, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = super() if name in _OWN else self.transform
+        owner.__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CapturedTransform, (self.transform,)  # a copy makes a graph of its own
 
 
+def _work(transform: BatchTransform, images: Tensor, labels: Any, params: Any) -> tuple[Any, ...]:
+    """What is captured: the batch, whether its labels are as they were, and what there is to tell.
+
+    A function, as a graph that held its owner would outlive it.
+    """
+    new, news, _ = transform.augment(images, labels, params)
+    return new, news, news is labels, [part.last for part in _transforms(transform)]
+
+
+def _state(transform: BatchTransform) -> Any:
+    """What a graph keeps for ever."""
+    parts = _transforms(transform)
+    settings = [
+        {name: value for name, value in vars(part).items() if name not in _OF_THE_MOMENT}
+        for part in parts
+    ]
+    models = {id(part.model): part.handle.modules for part in parts}
+    flows = [getattr(part, "_flow", (None,))[0] for part in parts]
+    modules = [module for found in models.values() for module in found]
+    modules += [m for flow in flows if isinstance(flow, nn.Module) for m in flow.modules()]
+    low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return settings, low, modules, [trait for module in modules for trait in _traits(module)]
+
+
+def _traits(module: nn.Module) -> Iterator[Any]:
+    """Where its tensors lie, and its attributes that are numbers or words."""
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            yield None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield value.data_ptr()
+        elif isinstance(value, _PLAIN) and name != "training":  # which an attack sets itself
+            yield name, value
+
+
 def _check_captured(transform: Any) -> None:
-    """Refuse what draws or decides on the host."""
-    if not isinstance(transform, BatchTransform):
-        raise TypeError(f"only a transform of ours can be captured, got {transform!r}.")
-    for part in _transforms(transform):
+    """Refuse what draws or decides on the host, and what moves unseen."""
+    for part in _transforms(transform) if isinstance(transform, nn.Module) else [transform]:
+        if type(part) not in (JointSpaceAdv, RobustMixup):
+            raise TypeError(
+                f"only JointSpaceAdv and RobustMixup can be captured, not {type(part).__name__}: "
+                "leave captured=True out, or capture a whole step of yours by CapturedStep."
+            )
         if part.handle.mode == "train":
             raise ValueError(
                 'model_mode="train" draws in the model, which a graph repeats: take "eval".'
@@ -98,8 +169,24 @@ def _check_captured(transform: Any) -> None:
                 "an attack of your own may draw on the host, which a graph cannot: capture a whole "
                 "step of yours by CapturedStep, or leave captured=True out."
             )
+        _check_model(part)
 
 
-def _transforms(transform: BatchTransform) -> list[BatchTransform]:
+def _check_model(part: BatchTransform) -> None:
+    if not (part.model is None or isinstance(part.model, nn.Module)):
+        raise ValueError(
+            "a graph cannot see where the weights of a model lie that is no module: make an "
+            "nn.Module of it, or leave captured=True out."
+        )
+    part.handle.check_alone("leave captured=True out")
+    weights = [p for module in part.handle.modules for p in module._parameters.values()]
+    if any(p is not None and p.is_cuda and p.numel() and not p.data_ptr() for p in weights):
+        raise ValueError(
+            "the weights of the model are of a kind whose memory a graph cannot follow: leave "
+            "captured=True out."
+        )
+
+
+def _transforms(transform: nn.Module) -> list[BatchTransform]:
     """The transform, and the attack in it."""
     return [part for part in transform.modules() if isinstance(part, BatchTransform)]

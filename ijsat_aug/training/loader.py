@@ -21,15 +21,8 @@ __all__ = ["AugmentedLoader", "collate"]
 
 T = TypeVar("T")
 
-_OWN = (
-    "loader",
-    "transform",
-    "device",
-    "plan",
-    "epoch",
-    "heard",
-    "graph",
-)  # the rest: its
+# What is its own; all else is the loader's.
+_OWN = ("loader", "transform", "device", "plan", "epoch", "heard", "_graph")
 _PLANNED = ("replay", "every", "epochs", "captured")
 
 
@@ -102,7 +95,7 @@ class AugmentedLoader(Generic[T]):
                 "captured=True repeats an attack that asks the model, which a replay does not do: "
                 "leave one of them out."
             )
-        self.graph = CapturedTransform(transform) if captured else None  # type: ignore[arg-type]
+        self._graph = CapturedTransform(transform) if captured else None  # type: ignore[arg-type]
         if self.plan == Plan():
             return
         if not isinstance(transform, BatchTransform):
@@ -116,9 +109,9 @@ class AugmentedLoader(Generic[T]):
     def __iter__(self) -> Iterator[Any]:
         self._hear()
         move, plan, epoch = _mover(self.device), self.plan, self.epoch
-        if self.graph is not None and self.graph.transform is not self.transform:
-            self.graph = CapturedTransform(self.transform)  # type: ignore[arg-type]
-        work = self.graph or self.transform
+        if self._graph is not None and self._graph.transform is not self.transform:
+            self._graph = CapturedTransform(self.transform)  # type: ignore[arg-type]
+        work = self._graph or self.transform
         number = -1
         for number, batch in enumerate(self.loader):
             if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
@@ -181,7 +174,10 @@ class AugmentedLoader(Generic[T]):
         return True
 
     def __repr__(self) -> str:
-        return f"AugmentedLoader({self.loader!r}, {self.transform!r}, device={self.device})"
+        captured = ", captured=True" if self._graph is not None else ""
+        return (
+            f"AugmentedLoader({self.loader!r}, {self.transform!r}, device={self.device}{captured})"
+        )
 
 
 @dataclass(frozen=True)
