@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,6 @@ __all__ = ["CapturedTransform"]
 _PATIENCE = 50  # batches, after which it is told that nothing was captured
 _OF_THE_MOMENT = {"last", "_seen", "_buffers", "_parameters", "_modules"}
 _OWN = ("transform", "_tried", "_known", "_step")
-_PLAIN = (bool, int, float, str)
 
 
 class CapturedTransform:
@@ -29,11 +27,11 @@ class CapturedTransform:
 
     The attack then no longer waits for the launch of its many small kernels, and does what the
     transform does. The model is trained meanwhile, in place. A graph keeps the settings of the
-    transform, where the weights lie, and of modules the numbers and words that are their
-    attributes: after a change of these it is made anew, some batches later, so that settings that
-    change with every batch are never captured. What else is Python in a model or an objective of
-    your own stays as it was: :meth:`reset` makes the graph anew. Batches of another shape than
-    most, and all on a CPU, go through the transform itself.
+    transform, where the weights lie, and the attributes of the model's modules: after a change of
+    these it is made anew, some batches later, so that what changes with every batch is never
+    captured. What else is Python in a model or in an objective of your own stays as it was:
+    :meth:`reset` makes the graph anew. Batches of another shape than most, and all on a CPU, go
+    through the transform itself.
 
     The graph has memory of its own, and asks nothing of the host: neither may the model. All
     attributes are those of the transform.
@@ -73,7 +71,7 @@ class CapturedTransform:
         images = parts.images
         if not (isinstance(images, Tensor) and images.is_cuda and transform.training):
             return transform(*batch)
-        if self._known != _state(transform):
+        if _differ(self._known, _state(transform)):
             self._tell_of_none()
             _check_captured(transform)
             self.reset()
@@ -123,31 +121,25 @@ def _work(transform: BatchTransform, images: Tensor, labels: Any, params: Any) -
     return new, news, news is labels, [part.last for part in _transforms(transform)]
 
 
-def _state(transform: BatchTransform) -> Any:
+def _state(transform: BatchTransform) -> list[Any]:
     """What a graph keeps for ever."""
     parts = _transforms(transform)
-    settings = [
-        {name: value for name, value in vars(part).items() if name not in _OF_THE_MOMENT}
-        for part in parts
-    ]
-    models = {id(part.model): part.handle.modules for part in parts}
+    each = {id(part.model): part for part in parts}  # they share a model as a rule
+    modules = [module for part in each.values() for module in part.handle.modules]
     flows = [getattr(part, "_flow", (None,))[0] for part in parts]
-    modules = [module for found in models.values() for module in found]
     modules += [m for flow in flows if isinstance(flow, nn.Module) for m in flow.modules()]
+    held = [t for m in modules for kind in (m._parameters, m._buffers) for t in kind.values()]
+    places = [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in held]
+    settings = [{n: v for n, v in vars(p).items() if n not in _OF_THE_MOMENT} for p in parts]
     low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return settings, low, modules, [trait for module in modules for trait in _traits(module)]
+    return [low, settings, modules, [dict(vars(module)) for module in modules], places]
 
 
-def _traits(module: nn.Module) -> Iterator[Any]:
-    """Where its tensors lie, and its attributes that are numbers or words."""
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            yield None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield value.data_ptr()
-        elif isinstance(value, _PLAIN) and name != "training":  # which an attack sets itself
-            yield name, value
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return bool(one != other)
+    except (RuntimeError, TypeError, ValueError):  # of tensors and arrays, which are others
+        return True
 
 
 def _check_captured(transform: Any) -> None:

@@ -335,6 +335,8 @@ def test_a_loader_takes_the_transform_that_it_has_now() -> None:
     ((_, labels, _),) = (one.values() for one in loader)
     assert torch.equal(labels, torch.arange(4))  # which the blends of the first would not keep
     assert repr(loader).endswith("device=None, captured=True)")
+    again = AugmentedLoader(loader.loader, CapturedTransform(loader.transform), every=2)
+    assert repr(again) == repr(loader)
 
 
 def test_a_copy_makes_a_graph_of_its_own() -> None:
