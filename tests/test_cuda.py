@@ -485,7 +485,7 @@ def test_a_captured_step_trains_as_a_called_one(outside: bool) -> None:
             loss = captured_step(x, y, params)
         torch.cuda.synchronize()
         torch.testing.assert_close(loss, called(x, y, params), rtol=2e-2, atol=1e-3)
-    assert captured_step._graph is not None
+    assert captured_step.captured
 
 
 def test_a_step_whose_batches_are_left_as_they_are_is_captured() -> None:
@@ -495,7 +495,7 @@ def test_a_step_whose_batches_are_left_as_they_are_is_captured() -> None:
     for seed in range(5):
         x, y = colour_batch(seed)
         step(x, y, mix.draw(x, y))
-    assert step._graph is not None
+    assert step.captured
 
 
 # The outer loop

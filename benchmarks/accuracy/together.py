@@ -37,7 +37,7 @@ from benchmarks.training import Crops, Seen, low_precision
 from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import CapturedStep
-from ijsat_aug.transforms.batch import BatchTransform
+from ijsat_aug.transforms.batch import BatchTransform, transforms_in
 from ijsat_aug.transforms.randomness import Randomness
 
 TURN = 8  # steps, after which the next training has its turn
@@ -89,10 +89,9 @@ class Course:
         transform = self.augmentation.transform
         if isinstance(transform, BatchTransform):
             shared = Randomness(seed)
-            for part in transform.modules():
-                if isinstance(part, BatchTransform):
-                    part.random = shared
-                    part._seen.add(self.rate.device)  # a captured step cannot look at values
+            for part in transforms_in(transform):
+                part.random = shared
+                part._seen.add(self.rate.device)  # a captured step cannot look at values
 
     def train(self, task: Task) -> Training:
         """One training, which returns what it left; it yields now and then."""

@@ -275,11 +275,10 @@ def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, An
         if "replay" in name:
             pairs = zip(seconds[name], seconds["plain"], strict=True)
             seconds[name] = [pair - plain for pair, plain in pairs]
-    measured = {name: run for name, run in runs.items() if "captured" not in name}
-    measured = {} if setting.captured else measured
     bytes_ = {
         name: peak_memory(run, device) if on_gpu else peak_memory_apart(name, setting)
-        for name, run in measured.items()
+        for name, run in runs.items()
+        if not (setting.captured or "captured" in name)
     }
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..transforms.batch import BatchTransform
+from ..transforms.batch import BatchTransform, transforms_in
 from ..transforms.joint_space import JointSpaceAdv
 from ..transforms.robust_mixup import RobustMixup
 from .captured import CapturedStep
@@ -85,7 +85,7 @@ class CapturedTransform:
         self._tell_of_none()
         found = self._step(plain, labels, params)
         new, labels, same, lasts = pytree.tree_map_only(Tensor, Tensor.clone, found)
-        for part, last in zip(_transforms(transform), lasts, strict=True):
+        for part, last in zip(transforms_in(transform), lasts, strict=True):
             part.last = last
         return parts.rebuild(new.as_subclass(type(images)), parts.labels if same else labels)
 
@@ -118,12 +118,12 @@ def _work(transform: BatchTransform, images: Tensor, labels: Any, params: Any) -
     A function, as a graph that held its owner would outlive it.
     """
     new, news, _ = transform.augment(images, labels, params)
-    return new, news, news is labels, [part.last for part in _transforms(transform)]
+    return new, news, news is labels, [part.last for part in transforms_in(transform)]
 
 
 def _state(transform: BatchTransform) -> list[Any]:
     """What a graph keeps for ever."""
-    parts = _transforms(transform)
+    parts = transforms_in(transform)
     each = {id(part.model): part for part in parts}  # they share a model as a rule
     modules = [module for part in each.values() for module in part.handle.modules]
     flows = [getattr(part, "_flow", (None,))[0] for part in parts]
@@ -144,7 +144,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 def _check_captured(transform: Any) -> None:
     """Refuse what draws or decides on the host, and what moves unseen."""
-    for part in _transforms(transform) if isinstance(transform, nn.Module) else [transform]:
+    for part in transforms_in(transform) if isinstance(transform, nn.Module) else [transform]:
         if type(part) not in (JointSpaceAdv, RobustMixup):
             raise TypeError(
                 f"only JointSpaceAdv and RobustMixup can be captured, not {type(part).__name__}: "
@@ -177,8 +177,3 @@ def _check_model(part: BatchTransform) -> None:
             "the weights of the model are of a kind whose memory a graph cannot follow: leave "
             "captured=True out."
         )
-
-
-def _transforms(transform: nn.Module) -> list[BatchTransform]:
-    """The transform, and the attack in it."""
-    return [part for part in transform.modules() if isinstance(part, BatchTransform)]

@@ -118,7 +118,7 @@ class AugmentedLoader(Generic[T]):
         for number, batch in enumerate(self.loader):
             if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
                 self.epoch = epoch + 1
-            yield from plan.shown(self.transform, work, move(batch), epoch, number)
+            yield from plan.shown(work, move(batch), epoch, number)
         if number == 0:
             self.epoch = epoch + 1
 
@@ -215,9 +215,7 @@ class Plan:
         """How often batches are shown in an epoch; the same in all epochs."""
         return batches + (self.replay - 1) * -(-batches // self.every)
 
-    def shown(
-        self, transform: Any, work: Any, batch: Any, epoch: int, number: int
-    ) -> Iterator[Any]:
+    def shown(self, transform: Any, batch: Any, epoch: int, number: int) -> Iterator[Any]:
         """What a batch becomes, one time or several."""
         first, end = self.epochs
         turn = number % self.every == 0
@@ -225,7 +223,7 @@ class Plan:
         if works and self.replay > 1:
             yield from replay(transform, batch, self.replay)
         elif works:
-            yield work(batch)
+            yield transform(batch)
         else:
             for _ in range(self.replay if turn else 1):
                 yield from replay(transform, batch, 1)

@@ -372,8 +372,7 @@ class BatchTransform(nn.Module):
 
     def _of_the_user(self) -> list[Any]:
         """What is not this transform's own: models, and what asks them."""
-        inside = [part for part in self.modules() if isinstance(part, BatchTransform)]
-        models = [part.model for part in inside]
+        models = [part.model for part in transforms_in(self)]
         parts = [part for one in models if isinstance(one, nn.Module) for part in one.modules()]
         return [*models, *parts]
 
@@ -396,6 +395,17 @@ class BatchTransform(nn.Module):
         }
         changed = {name: value for name, (value, usual) in settings.items() if value != usual}
         return ", ".join(f"{name}={value}" for name, value in ({"model": kind} | changed).items())
+
+
+def transforms_in(transform: nn.Module) -> list[BatchTransform]:
+    """The transform, and the attack in it.
+
+    Example:
+        >>> from ijsat_aug import RobustMixup
+        >>> [type(part).__name__ for part in transforms_in(RobustMixup(num_classes=3))]
+        ['RobustMixup', 'JointSpaceAdv']
+    """
+    return [part for part in transform.modules() if isinstance(part, BatchTransform)]
 
 
 def pick(labels: Any, index: Tensor, count: int) -> Any:

@@ -115,6 +115,12 @@ def ijsat(net: nn.Module) -> RobustMixup:
     return RobustMixup(net, num_classes=10, attack=attack, mode="append", generator=0)
 
 
+def pair() -> tuple[CapturedTransform, JointSpaceAdv]:
+    """Two of one network, the first captured."""
+    net = network()
+    return CapturedTransform(pixels(net)), pixels(net)
+
+
 def follow(
     make: Make,
     change: Callable[[nn.Module, BatchTransform], object] = lambda net, transform: None,
@@ -260,7 +266,7 @@ def test_it_goes_with_its_owner(played: None) -> None:
 
 def test_the_shape_of_most_batches_is_captured(played: None) -> None:
     """Also where each second one is the smaller rest of an epoch."""
-    captured, called = (CapturedTransform(pixels(net := network())), pixels(net))
+    captured, called = pair()
     for seed in range(12):
         given = batch(seed, 3 if seed % 2 else 4)
         torch.testing.assert_close(captured(given)[0], called(given)[0])
@@ -270,7 +276,7 @@ def test_the_shape_of_most_batches_is_captured(played: None) -> None:
 def test_strides_and_types_are_those_of_the_batch(played: None) -> None:
     from torchvision import tv_tensors
 
-    captured, called = (CapturedTransform(pixels(net := network())), pixels(net))
+    captured, called = pair()
     for seed in range(6):
         x, y = batch(seed)
         image = tv_tensors.Image(x)
@@ -280,7 +286,7 @@ def test_strides_and_types_are_those_of_the_batch(played: None) -> None:
 
 
 def test_inference_mode_does_not_matter(played: None) -> None:
-    captured, called = (CapturedTransform(pixels(net := network())), pixels(net))
+    captured, called = pair()
     for seed in range(8):
         with torch.inference_mode(seed < 6):
             given = batch(seed)
@@ -337,6 +343,18 @@ def test_a_loader_takes_the_transform_that_it_has_now() -> None:
     assert repr(loader).endswith("device=None, captured=True)")
     again = AugmentedLoader(loader.loader, CapturedTransform(loader.transform), every=2)
     assert repr(again) == repr(loader)
+
+
+def test_batches_between_are_those_of_the_transform() -> None:
+    net, batches = network(), [batch(seed) for seed in range(4)]
+    ours, theirs = (
+        AugmentedLoader(
+            batches, RobustMixup(net, num_classes=10, generator=0), every=2, captured=captured
+        )
+        for captured in (True, False)
+    )
+    for ones, others in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
 
 
 def test_a_copy_makes_a_graph_of_its_own() -> None:
