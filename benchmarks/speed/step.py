@@ -12,7 +12,8 @@ batch that is shown twice ("replay"), the time is that of the second step, attac
 peak memory of a step, weights and optimiser aside, is taken in a fresh process for each: resident
 memory on a CPU (Linux). On a GPU CUDA tells it, in the same process, and each round times some
 steps in a row; there "captured" is an ordinary step after an attack that is a CUDA graph
-(``AugmentedLoader(captured=True)``), whose memory is not measured.
+(``AugmentedLoader(captured=True)``), and its memory is that of the step and of the graph, which
+keeps its own for as long as it is there.
 
 ``--large`` is a ResNet-50 at 224 pixels with batch 8, on a GPU 64, whose low band a flow of 32
 pixels moves. With ``--bf16`` the training step runs in autocast, as GPUs are used; an attack
@@ -184,8 +185,10 @@ LARGE = Setting("resnet50", partial(resnet50, num_classes=10), 224, 8, LARGE_ROW
 LARGE_BATCH_ON_GPU = 64
 
 
-def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
-    """The step with every augmentation."""
+def steps(
+    setting: Setting, device: torch.device
+) -> tuple[dict[str, Step], dict[str, CapturedTransform]]:
+    """The step with every augmentation, and those augmentations that are CUDA graphs."""
     x, y = setting.batches(device)
     network = setting.network(x.device)
     split = convert_split_batchnorm(setting.network(x.device))
@@ -218,9 +221,11 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
     one_step = captured_step if setting.captured else training_step
     if setting.captured:
         del augmentations["torchvision's MixUp"]
+    graphs = {}
     if device.type == "cuda" and not setting.captured:
         for name in REPEATED:
-            augmentations[f"{name}, captured"] = CapturedTransform(augmentations[name])  # type: ignore[arg-type]
+            graphs[f"{name}, captured"] = CapturedTransform(augmentations[name])  # type: ignore[arg-type]
+    augmentations |= graphs
     runs = {name: one_step(network, x, y, a, low_step) for name, a in augmentations.items()}
     appended = mixup(JointSpaceAdv(split, flow), split, mode="append")
     runs["IJSAT, appended, split BatchNorm"] = one_step(split, x, y, appended, low_step)
@@ -236,7 +241,7 @@ def steps(setting: Setting, device: torch.device) -> dict[str, Step]:
         runs[name] = replayed_steps(network, x, y, transform, low_step)
     half = mixup(), mixup(p=0)
     runs["RobustMixup, p=0.5"] = both(*(one_step(network, x, y, a, low_step) for a in half))
-    return {name: run for name, run in runs.items() if name in (setting.rows or runs)}
+    return {name: run for name, run in runs.items() if name in (setting.rows or runs)}, graphs
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -253,6 +258,17 @@ def peak_memory(step: Step, device: torch.device) -> int:
     return resident("VmHWM") - before
 
 
+def graph_memory(transform: CapturedTransform, batch: tuple[Tensor, Tensor]) -> int:
+    """Bytes that the graph of a transform keeps."""
+    fresh = CapturedTransform(transform.transform)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(6):
+        fresh(*batch)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() - before
+
+
 def peak_memory_apart(name: str, setting: Setting) -> int:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch", str(setting.batch)]
@@ -265,7 +281,7 @@ def peak_memory_apart(name: str, setting: Setting) -> int:
 def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times and memory of every step, as multiples of the plain one."""
     keep_memory()
-    runs = steps(setting, device)
+    runs, graphs = steps(setting, device)
     on_gpu = device.type == "cuda"
     # A step becomes a graph at its fourth call.
     seconds = interleave(runs, rounds, *((5, 3) if on_gpu else (1, 1)))
@@ -278,8 +294,11 @@ def measure(setting: Setting, rounds: int, device: torch.device) -> dict[str, An
     bytes_ = {
         name: peak_memory(run, device) if on_gpu else peak_memory_apart(name, setting)
         for name, run in runs.items()
-        if not (setting.captured or "captured" in name)
+        if not setting.captured
     }
+    for name, transform in graphs.items():
+        if name in runs:
+            bytes_[name] += graph_memory(transform, setting.batches(device))
     return {
         "ms": {name: median_ms(times) for name, times in seconds.items()},
         "ratios": {name: ratio(times, seconds["plain"]) for name, times in seconds.items()},
@@ -310,7 +329,7 @@ def main() -> None:
     rounds = options.rounds or (15 if on_gpu else 7)
     if options.memory_of is not None:
         setting = replace(setting, rows=(options.memory_of,))
-        print(peak_memory(steps(setting, device)[options.memory_of], device))
+        print(peak_memory(steps(setting, device)[0][options.memory_of], device))
         return
     result = measure(setting, rounds, device)
     for name, value in result["ratios"].items():
