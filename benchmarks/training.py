@@ -8,21 +8,25 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from ijsat_aug.flows.files import write_atomically
+from ijsat_aug.precision import is_emulated
 
 BATCH = 128
 
 
 def fast_precision() -> torch.dtype | None:
-    """bfloat16; None on processors that only emulate it, where it takes some forty times longer."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.bfloat16 if supported is not None and supported() else None
+    """bfloat16; None where it is only emulated: on a processor it takes some forty times longer."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return None if is_emulated(torch.bfloat16, kind) else torch.bfloat16
 
 
 LOW_PRECISION = fast_precision()
+# Of an attack.
+LOW: dict[str, Any] = {"amp_dtype": LOW_PRECISION, "memory_format": torch.channels_last}
+Labelled = tuple[Tensor, Tensor]
 
 
 def low_precision(x: Tensor) -> torch.autocast:
@@ -83,8 +87,7 @@ def train_plainly(
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write the weights of a network, whatever the layout of their memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    write_atomically(path, save({name: value.contiguous() for name, value in state.items()}))
 
 
 class Seen:

@@ -75,9 +75,8 @@ def _is_plain(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    ours = trace is not None and trace.tb_frame.f_globals.get("__package__", "").startswith(
-        "ijsat_aug"
-    )
+    package = None if trace is None else trace.tb_frame.f_globals.get("__package__")
+    ours = package is not None and package.startswith("ijsat_aug")  # a script has none
     return ours and isinstance(error, (ValueError, TypeError, ImportError))
 
 

@@ -70,7 +70,7 @@ def first_logits(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
 
 
 def _call(place: str, name: str) -> nn.Module:
-    file = Path(place)
+    file = Path(place).expanduser()
     with _importable(file.parent if place.endswith(".py") else Path.cwd()):
         module = _import_file(file) if place.endswith(".py") else _import(place)
         make = getattr(module, name, None)
@@ -94,12 +94,16 @@ def _import(name: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"_file_{path.stem}"  # the file may be called as a module that others import
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -139,7 +143,7 @@ def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
 
 
 def _state(weights: str | Path) -> dict[str, Tensor]:
-    path, key = Path(weights), None
+    path, key = Path(weights).expanduser(), None
     if not path.exists() and ":" in path.name:
         name, _, key = path.name.rpartition(":")
         path = path.with_name(name)

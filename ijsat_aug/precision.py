@@ -1,13 +1,28 @@
-"""Where a lower precision takes longer than float32, and a word about it."""
+"""The precision of computations: where a lower one is none, and where a higher one is due."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
-__all__ = ["warn_if_emulated"]
+__all__ = ["full_precision", "is_emulated", "warn_if_emulated"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: rounding a flow's state to bfloat16 would move pixels by 4/255.
+
+    Example:
+        >>> with torch.autocast("cpu"), full_precision(torch.device("cpu")):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @cache
@@ -17,7 +32,7 @@ def warn_if_emulated(dtype: torch.dtype | None, kind: str, remedy: str) -> None:
     Example:
         >>> warn_if_emulated(torch.float32, "cpu", "leave amp_dtype out")
     """
-    if dtype is not None and _emulated(dtype, kind):
+    if dtype is not None and is_emulated(dtype, kind):
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
             f"this {'processor' if kind == 'cpu' else 'GPU'} only emulates {name}, which takes "
@@ -26,7 +41,13 @@ def warn_if_emulated(dtype: torch.dtype | None, kind: str, remedy: str) -> None:
         )
 
 
-def _emulated(dtype: torch.dtype, kind: str) -> bool:
+def is_emulated(dtype: torch.dtype, kind: str) -> bool:
+    """Whether devices of a kind compute in ``dtype`` only by way of another.
+
+    Example:
+        >>> is_emulated(torch.float32, "cpu")
+        False
+    """
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return dtype == torch.bfloat16 and not native

@@ -1,8 +1,10 @@
-"""Numbers as people write them."""
+"""Numbers, as people write them and as settings need them."""
 
 from __future__ import annotations
 
-__all__ = ["number"]
+from numbers import Integral
+
+__all__ = ["check_count", "number"]
 
 
 def number(text: str, kind: str = "number") -> float:
@@ -21,3 +23,16 @@ def number(text: str, kind: str = "number") -> float:
         return float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{text!r} is no {kind}; write for example 0.03 or 8/255.") from error
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """A whole number, and not too small.
+
+    Example:
+        >>> check_count("steps", 1.5, 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be an integer >= 0, got 1.5.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import ijsat_aug
-from ijsat_aug.cli import app
+from ijsat_aug.cli import _is_plain, app
 from ijsat_aug.flows.checkpoint import load_state
 
 runner = CliRunner()
@@ -204,3 +204,10 @@ def test_what_is_no_checkpoint_is_not_converted(tmp_path) -> None:
     result = run("convert", tmp_path / "notes.txt", tmp_path / "config.json", tmp_path / "out")
     assert result.exit_code == 1
     assert "holds more than tensors, or is damaged" in result.output
+
+
+def test_an_error_of_a_script_is_no_sentence_of_ours() -> None:
+    """Code that is run as a script belongs to no package."""
+    with pytest.raises(ValueError, match="oops") as caught:
+        exec("raise ValueError('oops')", {"__package__": None})
+    assert not _is_plain(caught.value)

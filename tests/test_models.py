@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -174,3 +176,20 @@ def test_a_size_that_it_does_not_take_is_told_whatever_it_raises() -> None:
 def test_half_a_place_is_none(source) -> None:
     with pytest.raises(ValueError, match=r"must be 'file\.py:function' or 'module:function'"):
         load_model(source)
+
+
+def test_a_file_may_be_called_as_a_module(tmp_path) -> None:
+    import json
+
+    place = tmp_path / "json.py"
+    place.write_text("import torch\nnet = torch.nn.Linear(2, 2)\n")
+    assert isinstance(load_model(f"{place}:net"), torch.nn.Linear)
+    assert sys.modules["json"] is json
+    place.write_text("raise RuntimeError('broken')")
+    before = dict(sys.modules)
+    for name in ("json", "other"):
+        broken = tmp_path / f"{name}.py"
+        broken.write_text("raise RuntimeError('broken')")
+        with pytest.raises(RuntimeError, match="broken"):
+            load_model(f"{broken}:net")
+    assert set(sys.modules) <= set(before)

@@ -41,7 +41,7 @@ def transforms() -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["amp", "mixup", "flow"])
 def test_an_emulated_precision_is_told_once(name, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "_emulated", lambda dtype, kind: dtype == LOW)
+    monkeypatch.setattr(precision, "is_emulated", lambda dtype, kind: dtype == LOW)
     (message,) = told(transforms()[name])
     assert message.startswith("this processor only emulates bfloat16")
     assert message.endswith(" out here.")
@@ -49,7 +49,7 @@ def test_an_emulated_precision_is_told_once(name, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["amp", "mixup", "flow"])
 def test_a_native_precision_is_not_told(name, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "_emulated", lambda dtype, kind: False)
+    monkeypatch.setattr(precision, "is_emulated", lambda dtype, kind: False)
     assert told(transforms()[name]) == []
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks.training import LOW_PRECISION
+from benchmarks.training import LOW, Labelled
 from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
@@ -19,10 +18,6 @@ from ijsat_aug.training import convert_split_batchnorm
 
 CLASSES = 10
 PARTS = 20  # of a training: the "epochs" in which an attack begins and ends
-LOW: dict[str, Any] = {"amp_dtype": LOW_PRECISION, "memory_format": torch.channels_last}
-
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -37,7 +32,7 @@ class Augmentation:
 
     transform: Callable[[Any], Any]
     loading: dict[str, Any]
-    before: Callable[[Tensor, Tensor], Batch] | None = None
+    before: Callable[[Tensor, Tensor], Labelled] | None = None
 
 
 Make = Callable[[nn.Module, FrozenGlow], Augmentation]

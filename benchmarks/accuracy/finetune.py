@@ -42,7 +42,6 @@ from benchmarks.accuracy.augmentations import AS_LONG, ROWS
 from benchmarks.accuracy.study import (
     BATCH,
     DATA,
-    Labelled,
     Run,
     Study,
     Task,
@@ -60,7 +59,7 @@ from benchmarks.accuracy.together import Course, run_all
 from benchmarks.graphs import Training, alone, finished
 from benchmarks.harness import keep_memory, record
 from benchmarks.networks import cifar_resnet18, small_resnet
-from benchmarks.training import save_weights, train_plainly
+from benchmarks.training import Labelled, save_weights, train_plainly
 from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFiles
 from ijsat_aug.flows.frozen import FrozenGlow
 

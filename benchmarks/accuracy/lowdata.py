@@ -31,7 +31,6 @@ from benchmarks.accuracy.augmentations import ROWS
 from benchmarks.accuracy.study import (
     BATCH,
     DATA,
-    Labelled,
     Run,
     Study,
     Task,
@@ -44,7 +43,7 @@ from benchmarks.accuracy.study import (
 from benchmarks.accuracy.together import run_all
 from benchmarks.harness import record
 from benchmarks.networks import small_resnet
-from benchmarks.training import LOW_PRECISION
+from benchmarks.training import LOW_PRECISION, Labelled
 from ijsat_aug import load_flow
 from ijsat_aug.flows.data import ImageData
 from ijsat_aug.flows.frozen import FrozenGlow

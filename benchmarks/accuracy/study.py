@@ -30,8 +30,9 @@ from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
 from benchmarks.harness import RESULTS, hardware, machines
 from benchmarks.real_data import cifar10, fashion_mnist
-from benchmarks.training import LOW_PRECISION, Seen, crop_and_flip, low_precision
+from benchmarks.training import LOW_PRECISION, Labelled, Seen, crop_and_flip, low_precision
 from ijsat_aug import load_flow
+from ijsat_aug.flows.files import write_atomically
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AugmentedLoader
 
@@ -39,7 +40,6 @@ DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
 FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 BATCH = 128
 Batches = Iterator[tuple[Tensor, Tensor]]
-Labelled = tuple[Tensor, Tensor]
 Interval = tuple[float, float | None]
 
 
@@ -326,8 +326,7 @@ def where() -> str:
 
 def keep(path: Path, result: dict[str, Any]) -> None:
     """Write the file of a run, and show what it says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result))
+    write_atomically(path, json.dumps(result).encode())
     print(json.dumps(result), flush=True)
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS
 from benchmarks.accuracy.study import (
-    Labelled,
     Run,
     Study,
     Task,
@@ -33,7 +32,7 @@ from benchmarks.accuracy.study import (
     cycle,
 )
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
-from benchmarks.training import Crops, Seen, low_precision
+from benchmarks.training import Crops, Labelled, Seen, low_precision
 from ijsat_aug import RobustMixup
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import CapturedStep

@@ -47,7 +47,9 @@ from benchmarks.real_data import cifar10
 from benchmarks.robustness.report_rows import numbers
 from benchmarks.robustness.withstand import attack_all, jobs, one_thread, reports
 from benchmarks.training import (
+    LOW,
     LOW_PRECISION,
+    Labelled,
     Seen,
     crop_and_flip,
     low_precision,
@@ -56,6 +58,7 @@ from benchmarks.training import (
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.evaluation import Report
 from ijsat_aug.flows.calibration import recommended_eta
+from ijsat_aug.flows.files import write_atomically
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.training import AdversarialWeightPerturbation, CapturedStep, TRADESLoss
 from ijsat_aug.transforms.randomness import Randomness
@@ -76,8 +79,6 @@ ROWS = [
 ]
 L2 = " + L2 of "
 QUARTER = ", quarter of each batch"
-LOW: dict[str, Any] = {"amp_dtype": LOW_PRECISION, "memory_format": torch.channels_last}
-Labelled = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -344,7 +345,7 @@ class Course:
         for name, state in (("best", best), ("last", self._state())):
             on_host = {key: value.cpu() for key, value in state.items()}
             save_weights(on_host, folder / f"{name}.safetensors")
-        (folder / "training.json").write_text(json.dumps(facts))
+        write_atomically(folder / "training.json", json.dumps(facts).encode())
 
 
 def place(work: Path, row: str) -> Path:

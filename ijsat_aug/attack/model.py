@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..precision import warn_if_emulated
 from .balls import at_full_size
+from .behind import Shared, roots
 
 __all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "in_full", "logits_of", "unwrap"]
 
@@ -26,7 +26,6 @@ Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
 Restless = MutableMapping[nn.Module, set[str]]
 
-_MANY = 256  # things that something holds, beyond which none of them is looked at
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 _RESTLESS: Restless = WeakKeyDictionary()  # the buffers that a module changes in eval mode too
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
@@ -86,8 +85,7 @@ class ModelHandle:
                 f"memory_format must be torch.channels_last or contiguous_format, got "
                 f"{memory_format!r}."
             )
-        self._model: Model | None = None if model is None else unwrap(model)
-        self._copies: dict[int, Any] = {}  # what a deepcopy of this makes, by the original's id
+        self._model: Shared[Model | None] = Shared(None if model is None else unwrap(model))
         if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in _parts(self.model)):
             raise ValueError(
                 "the model holds a DistributedDataParallel or DataParallel module inside, whose "
@@ -102,9 +100,7 @@ class ModelHandle:
     @property
     def model(self) -> Model | None:
         """The model; of a copy of this its copy, where something was copied that holds both."""
-        if self._copies:
-            self._model, self._copies = self._copies.get(id(self._model), self._model), {}
-        return self._model
+        return self._model.thing
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -220,10 +216,8 @@ class ModelHandle:
         return _without_model, (self.mode, self.amp_dtype, self.memory_format, self.route)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
-        # The model is shared, unless it is copied beside this, before or after: a module may hold
-        # both. Which of them, the memo tells when the copy is first used.
         twin = self.to(self.model)
-        twin._copies = memo
+        twin._model = copy.deepcopy(self._model, memo)
         return twin
 
 
@@ -310,63 +304,7 @@ def in_full(tensor: Tensor) -> Tensor:
 
 def _parts(model: Any) -> Iterable[nn.Module]:
     """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
-    return {part: None for root in _roots(model) for part in root.modules()}
-
-
-def _roots(
-    thing: Any, depth: int = 5, inside: bool = False, globals_too: int = 2
-) -> Iterator[nn.Module]:
-    """The modules that something callable holds, or what it holds does.
-
-    Of an object the attributes are looked at, but not the objects among them (``inside``); of a
-    function the global names that it uses, and of a function among these (``globals_too``).
-    """
-    thing = getattr(thing, "_orig_mod", thing)
-    if isinstance(thing, nn.Module):
-        yield thing
-        return
-    held = _held_by(thing)
-    if held is None and not inside and not isinstance(thing, (type, ModuleType, Tensor)):
-        held, inside = list(getattr(thing, "__dict__", {}).values()), True
-    if depth and held is not None and len(held) <= _MANY:
-        for inner in held:
-            yield from _roots(inner, depth - 1, inside, globals_too)
-    if isinstance(thing, FunctionType) and depth and globals_too:
-        for named in _named_in(thing):
-            yield from _roots(named, depth - 1, inside, globals_too - 1)
-
-
-def _held_by(thing: Any) -> Sequence[Any] | None:
-    """What is in a function or a container; None of another object."""
-    if isinstance(thing, (list, tuple)):
-        return thing
-    if isinstance(thing, dict):
-        return list(thing.values())
-    if isinstance(thing, partial):
-        return (thing.func, *thing.args, *thing.keywords.values())
-    if isinstance(thing, MethodType):
-        return (thing.__self__,)
-    wrapped = getattr(thing, "__wrapped__", None)
-    wrapped = wrapped or getattr(thing, "_torchdynamo_orig_callable", None)
-    held = [] if wrapped is None else [wrapped]
-    if isinstance(thing, FunctionType):
-        defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
-        cells = (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
-        return [*held, *cells, *defaults]
-    return held or None
-
-
-def _named_in(function: FunctionType) -> list[Any]:
-    """What a function finds among global names, but for packages and classes."""
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return [value for value in named if not isinstance(value, (ModuleType, type))]
-
-
-def _full(cell: Any) -> bool:
-    try:
-        return bool(cell.cell_contents is not None)
-    except ValueError:  # not assigned yet
-        return False
+    return {part: None for root in roots(model) for part in root.modules()}
 
 
 @contextmanager
@@ -393,8 +331,18 @@ def buffers_kept(modules: Iterable[nn.Module], restless: Restless | None = None)
         for name in (module._buffers if names is None else names)
         if (buffer := module._buffers.get(name)) is not None
     ]
+    still = [
+        (module, name, buffer, _version_of(buffer))
+        for module, names in asked
+        if names is not None
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in names
+    ]
     try:
         yield
+        for module, name, still_one, version in still:  # until now: it is put back from now on
+            if module._buffers.get(name) is not still_one or _version_of(still_one) != version:
+                known[module].add(name)
         if restless is not None:
             restless.update({module: set() for module, names in asked if names is None})
             for module, name, buffer, value in before:

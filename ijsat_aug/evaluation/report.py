@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -197,14 +197,9 @@ class Report:
             found["corruptions"] = fmean(corruptions.values())
         return {name: round(value, 6) for name, value in found.items()}
 
-    def without_pictures(self) -> Report:
-        """The numbers alone."""
-        results = {n: replace(r, pictures=(), seen=()) for n, r in self.results.items()}
-        return replace(self, results=results, truth=())
-
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_json`, whole or not at all."""
-        write_atomically(Path(path), self.to_json().encode())
+        write_atomically(Path(path).expanduser(), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -219,7 +214,7 @@ class Report:
             0.75
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"{path} has format {values['format']}; this version reads 1.")
             results = {name: read_result(value) for name, value in values["results"].items()}

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..flows.pyramid import Pyramid, Tiles
 from ..models import first_logits
 from ..transforms.checks import check_images
 from ..transforms.labels import as_target, check_logits
+from ..words import check_count
 from .corruptions import EXTRA, SEVERITIES, STANDARD, CorruptionFiles, corrupt
 from .corruptions.apply import check_choice
 from .credibility import black_box_wins, doubts
@@ -89,6 +91,7 @@ def evaluate(
         >>> report.accuracy("linf") <= report.accuracy("clean")
         True
     """
+    check_count("seed", seed, 0)
     x, y = checked(images, labels)
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
@@ -163,16 +166,22 @@ class Batches:
         done = 0
         while done < count:
             end = min(done + self.size, count)
-            try:
-                work(done, end)
-            except torch.OutOfMemoryError:
-                if self.size == 1:
-                    raise
-                self.size = max(1, min(self.size, end - done) // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            done = end
+            if self.fit(end - done, partial(work, done, end)):
+                done = end
+
+    def fit(self, size: int, work: Callable[[], object]) -> bool:
+        """Do the work of a batch of a size; where it did not fit, batches have half of it."""
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        else:
+            return True
+        self.size = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # now that the error holds nothing any more
+        return False
 
 
 @dataclass(frozen=True)
@@ -190,17 +199,16 @@ class Work:
 
     def doubts(self) -> list[str]:
         """Warnings, from as many of the first images as fit."""
-        few = min(_DOUBTED, self.batches.size)
-        while True:
-            try:
-                place = self.victim.device
-                return doubts(
-                    self.victim, self.x[:few].to(place), self.y[:few].to(place), self.seed
-                )
-            except torch.OutOfMemoryError:
-                if few == 1:
-                    raise
-                few = self.batches.size = few // 2
+        found: list[str] = []
+
+        def look() -> None:
+            x, y = (t[: min(_DOUBTED, self.batches.size)] for t in (self.x, self.y))
+            place = self.victim.device
+            found.extend(doubts(self.victim, x.to(place), y.to(place), self.seed))
+
+        while not self.batches.fit(min(_DOUBTED, self.batches.size), look):
+            pass
+        return found
 
     def clean(self) -> Result:
         """The accuracy without any threat."""

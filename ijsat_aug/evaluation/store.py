@@ -37,7 +37,7 @@ class Store:
     def __init__(
         self, folder: str | Path | None, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is None:
             return
         place = self.folder / _SETTINGS
@@ -53,9 +53,14 @@ class Store:
                 f"{self.folder} holds results of another {', '.join(other)}: choose another "
                 "folder, or pass overwrite=True (--overwrite)."
             )
-        if before is not None and overwrite:
-            for file in self.folder.glob("result-*.json"):
-                file.unlink()
+        old = list(self.folder.glob("result-*-????????.json"))
+        if before is None and old and not overwrite:
+            raise ValueError(
+                f"{self.folder} holds results, and no {_SETTINGS} that tells of what: choose "
+                "another folder, or pass overwrite=True (--overwrite)."
+            )
+        for file in old if overwrite else ():
+            file.unlink()
         if before != wanted:
             write_atomically(place, (json.dumps(wanted, indent=1) + "\n").encode())
 

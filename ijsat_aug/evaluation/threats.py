@@ -164,7 +164,9 @@ def select_threats(
         if isinstance(name, Threat) or name not in GROUPS:
             threat = name if isinstance(name, Threat) else make_threat(name, flow, shape)
             first = asked.setdefault(threat.name, threat)
-            if (first.budget, first.steps) != (threat.budget, threat.steps):
+            if threat.name == "clean":
+                raise ValueError("'clean' is the row without a threat: give yours another name.")
+            if first != threat:
                 raise ValueError(
                     f"{first!r} and {threat!r} have one name, and a report has room for one of "
                     "them: evaluate twice."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.model import Model, ModelHandle
+from ..precision import full_precision
 from ..transforms.scale import Scale
 from .store import fingerprint
 
@@ -82,7 +83,7 @@ class Victim:
     def frozen(self) -> Iterator[None]:
         """While it is asked."""
         device = self.device
-        with self.handle.frozen(device), torch.autocast(device.type, enabled=False):
+        with self.handle.frozen(device), full_precision(device):
             yield
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class NormflowsManifold(_Adapter):
         method = getattr(self.model, f"{way}_and_log_det")
         context = self._context if self._uses_context else None
         if context is None:
-            if self.needs_labels:
+            if self._uses_context:
                 raise ValueError("the flow is conditional: give the batch's context, .given(...).")
             return method(value)[0]
         if len(context) != count:

@@ -185,7 +185,8 @@ def convert_checkpoint(
     """
     import pickle
 
-    if (Path(folder) / WEIGHTS).exists():
+    file, folder = Path(file).expanduser(), Path(folder).expanduser()
+    if (folder / WEIGHTS).exists():
         raise FileExistsError(f"{folder} already holds a flow; choose another folder.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import full_precision
 from .blocks import Block, Conv, Kept, Mix, block_vjp, decode_block, encode_block
 from .glow import GlowConfig, from_unit, to_unit
 
@@ -430,13 +431,8 @@ class _Decode(torch.autograd.Function):
 
 @contextmanager
 def _exactly(tensor: Tensor) -> Iterator[None]:
-    """No autocast and no TF32: rounding the state to bfloat16 would move pixels by 4/255."""
-    device = tensor.device.type
-    with ExitStack() as stack:
-        if torch.amp.is_autocast_available(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if device == "cuda":
-            stack.enter_context(_without_tf32())
+    """No autocast and no TF32."""
+    with full_precision(tensor.device), _without_tf32() if tensor.is_cuda else nullcontext():
         yield
 
 
@@ -464,7 +460,7 @@ def _without_tf32() -> Iterator[None]:
         conv.fp32_precision = before
 
 
-def _unshuffle(h: Tensor, times: int = 1) -> Tensor:
+def _unshuffle(h: Tensor, times: int) -> Tensor:
     """Squeeze 2x2 pixels into channels, some times over; channels stay last."""
     for _ in range(times):
         b, c, height, width = h.shape
@@ -474,7 +470,7 @@ def _unshuffle(h: Tensor, times: int = 1) -> Tensor:
     return h
 
 
-def _shuffle(h: Tensor, times: int = 1) -> Tensor:
+def _shuffle(h: Tensor, times: int) -> Tensor:
     """The inverse of :func:`_unshuffle`."""
     for _ in range(times):
         b, c, height, width = h.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,19 @@ def publish(
         ...     sorted(load_flow(folder).info["metrics"])
         ['bits_per_dim', 'images', 'round_trip']
     """
-    model = build_glow(config)
+    save = partial(
+        save_flow, folder, config, state, name=name, data=train.name, license=license,
+        training=training,
+    )  # fmt: skip
+    save()  # whatever happens below, the weights are there
+    with torch.random.fork_rng(devices=[]):
+        model = build_glow(config)
     model.load_state_dict(dict(state))
     model.to(device)
     flow = freeze(config, state, device=device)
     measured = test or held_out
     shown = measured.spaced(_CALIBRATION_IMAGES)
-    images = shown.images.to(device).float() / (config.bins - 1)
+    images = shown.pixels.to(device)
     bits = {"held_out": evaluate(model, config, held_out)}
     if test is not None:
         bits["test"] = evaluate(model, config, test)
@@ -70,17 +77,14 @@ def publish(
         | ({"test": len(test.images)} if test is not None else {}),
         "round_trip": {k: float(f"{v:.3g}") for k, v in round_trip(flow, images).items()},
     }
-    seen = train.images[:_NETWORK_IMAGES].to(device).float() / (config.bins - 1)
-    labels = None if train.labels is None else several(train.labels[:_NETWORK_IMAGES])
+    seen = train.take(torch.arange(min(_NETWORK_IMAGES, len(train.images))))
+    labels = several(seen.labels)
     if not _comparable(labels, shown.labels):
         labels, shown = None, replace(shown, labels=as_they_are(shown.images))
-    network = probe_network(seen, labels)
+    network = probe_network(seen.pixels.to(device), labels)
     save_pictures(flow, measured, folder)
-    return save_flow(
-        folder, config, state, name=name, data=train.name, license=license, metrics=metrics,
-        calibration=calibrate(flow, images, shown.labels, network=network),
-        training=training,
-    )  # fmt: skip
+    table = calibrate(flow, images, shown.labels, network=network)
+    return save(metrics=metrics, calibration=table)
 
 
 def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
@@ -117,7 +121,7 @@ def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(flow.device).manual_seed(0)
     rows = [flow.sample(_COLUMNS, t, generator) for t in (0.5, 0.7, 0.85, 1.0)]
-    real = data.spaced(_COLUMNS).images.to(flow.device).float() / (data.bins - 1)
+    real = data.spaced(_COLUMNS).pixels.to(flow.device)
     pairs = torch.cat((real, flow.decode(flow.encode(real)).clamp(0, 1)))
     pictures = {
         "samples": (torch.cat(rows), _COLUMNS),

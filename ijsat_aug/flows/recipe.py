@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..words import check_count
+
 __all__ = ["Recipe"]
 
 
@@ -61,12 +63,12 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be greater than 0, got {value!r}.")
-        for name in ("seed", "warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
+        for name in ("seed", "warmup"):
+            check_count(name, getattr(self, name), 0)
         for name in ("batch_size", "every", "init_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+            check_count(name, getattr(self, name), 1)
         if self.optimizer not in ("adamax", "adamw"):
             raise ValueError(f'optimizer must be "adamax" or "adamw", got {self.optimizer!r}.')
         if self.precision not in ("fp32", "bf16"):

@@ -181,8 +181,9 @@ class _Run:
         self.train_data, self.held_out = data.split(max(recipe.held_out, enough), recipe.seed)
         self.progress = Progress()
         self.state_file = out / _STATE
-        torch.manual_seed(recipe.seed)
-        model = build_glow(config).to(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            model = build_glow(config).to(self.device)
         resume = resume and self.state_file.is_file()
         if not resume:  # a state brings its own, flags included
             self._initialise(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -102,7 +103,13 @@ class CapturedTransform:
     def __getattr__(self, name: str) -> Any:
         if name == "transform" or name.startswith("__"):  # not there yet while it is unpickled
             raise AttributeError(name)
-        return getattr(self.transform, name)
+        found = getattr(self.transform, name)
+        return partial(self._instead, found) if isinstance(found, MethodType) else found
+
+    def _instead(self, method: MethodType, *args: Any, **kwargs: Any) -> Any:
+        """What a method of the transform returns; where that is the transform, this one."""
+        result = method(*args, **kwargs)
+        return self if result is self.transform else result
 
     def __setattr__(self, name: str, value: Any) -> None:
         owner = super() if name in _OWN else self.transform

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from ..transforms.batch import BatchTransform
 from ..transforms.replay import replay
-from ..transforms.settings import check_count
+from ..words import check_count
 from .captured_transform import CapturedTransform
 
 __all__ = ["AugmentedLoader", "collate"]

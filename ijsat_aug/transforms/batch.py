@@ -240,9 +240,10 @@ class BatchTransform(nn.Module):
         check_place()
         check_images(images)
         plain = images.as_subclass(Tensor)
-        self.check(plain, labels)
         labels = self.as_labels(plain, labels)
-        self.last = {}
+        self.check(plain, labels)
+        for part in transforms_in(self):
+            part.last = {}
         self._seen.add(images.device)
         return plain, labels
 
@@ -327,8 +328,8 @@ class BatchTransform(nn.Module):
         images[index] = new_images
         return images, labels if new_labels is some[1] else labels.index_copy(0, index, new_labels)
 
-    def check(self, images: Tensor, labels: Tensor | None) -> None:
-        """Refuse a bad batch before anything runs."""
+    def check(self, images: Tensor, labels: Any) -> None:
+        """Refuse a bad batch before anything runs; its labels are those of :meth:`as_labels`."""
         self.scale.check(images, values=self.careful(images))
 
     def as_labels(self, images: Tensor, labels: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attack.ascent import Values
 from ..attack.clip import clip
 from ..flows.manifold import Manifold
-from .joint_picture import full_precision
+from ..precision import full_precision
 
 __all__ = ["Blend", "LatentBlend", "PixelBlend", "Space", "blend", "geometric_weight"]
 

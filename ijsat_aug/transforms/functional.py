@@ -24,7 +24,7 @@ from .checks import (
 )
 from .climb import climb
 from .labels import as_target, soft_labels
-from .mixing import Mix, images_of, mix_batch
+from .mixing import Attack, Mix, guarded, images_of, mix_batch
 from .scale import Scale
 from .threat import Method, Threat, Update
 
@@ -251,15 +251,18 @@ def robust_mixup(
             "eps, norm, steps, step_size, objective and pixel_start belong to the built-in attack."
         )
     check_start("pixel_start", pixel_start, images.shape)
+    move: Attack | None = None
     if climbs:
         assert model is not None
-        attack = partial(
+        ours = partial(
             joint_space_adv, model=model, eps=eps, norm=norm, steps=steps, step_size=step_size,
             objective=objective, pixel_start=pixel_start, mean=mean, std=std, seed=seed,
             check_values=False, **shared,
         )  # fmt: skip
+        move = images_of(ours)
+    elif attack is not None:
+        move = guarded(attack, handle, seed)
     mixed, targets, _ = mix_batch(
-        images, targets, weights, mix, attack=None if attack is None else images_of(attack),
-        handle=handle, flow=flow, scale=scale, seed=seed,
-    )  # fmt: skip
+        images, targets, weights, mix, attack=move, handle=handle, flow=flow, scale=scale, seed=seed
+    )
     return mixed, targets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..attack.ascent import Values
 from ..attack.clip import clip
 from ..flows.manifold import Manifold, TapedManifold, has_tape, of_samples
 from ..flows.pyramid import Pyramid
+from ..precision import full_precision
 
 __all__ = ["JointPicture", "exact", "linear"]
 
@@ -86,13 +86,6 @@ def linear(flow: Manifold, clean: Tensor) -> tuple[Tensor, JointPicture]:
     return z.to(clean.dtype), JointPicture(
         clean, flow, rest, first=lambda latent: _CleanImage.apply(latent, low, flow, tape)
     )
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast: rounding a flow's state to bfloat16 would move pixels by 4/255."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 class _CleanImage(torch.autograd.Function):

@@ -14,13 +14,14 @@ from ..attack.balls import LinfBall
 from ..attack.model import ModelHandle
 from ..attack.objectives import Objective, cross_entropy
 from ..flows.manifold import Manifold
+from ..words import check_count
 from .blend import Blend, Space, blend, geometric_weight
 from .climb import usable
 from .labels import check_logits
 from .scale import Scale
-from .settings import check_choices, check_count, usual_step
+from .settings import check_choices, usual_step
 
-__all__ = ["Attack", "Mix", "adversity", "images_of", "mix_batch"]
+__all__ = ["Attack", "Mix", "adversity", "guarded", "images_of", "mix_batch"]
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -163,6 +164,26 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
         return moved.detach().to(images.dtype)
 
     return call
+
+
+def guarded(
+    attack: Callable[[Tensor, Tensor], Any], handle: ModelHandle, seed: int | None
+) -> Attack:
+    """The images of an attack of the user's own, beside which the model is frozen as beside ours.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 2)
+        >>> attack = guarded(lambda x, y: x * net.training, ModelHandle(net), None)
+        >>> net.training, attack(torch.ones(1, 2), torch.ones(1, 2))
+        (True, tensor([[0., 0.]]))
+    """
+    images = images_of(attack)
+
+    def call(pictures: Tensor, targets: Tensor) -> Tensor:
+        with handle.frozen(pictures.device, seed):
+            return images(pictures, targets)
+
+    return images if handle.model is None else call
 
 
 def adversity(kind: str) -> Objective:

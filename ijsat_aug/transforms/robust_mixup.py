@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..attack.balls import Norm
+from ..attack.behind import Shared
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold, on_device
+from ..words import check_count
 from .batch import BatchTransform, of_some
 from .blend import Space
 from .checks import (
@@ -29,9 +31,8 @@ from .checks import (
 )
 from .joint_space import JointSpaceAdv
 from .labels import Rows, soft_labels
-from .mixing import Attack, Mix, images_of, mix_batch
+from .mixing import Attack, Mix, guarded, mix_batch
 from .scale import Scale
-from .settings import check_count
 from .structure import LabelsGetter, Parts, geometry_in
 
 __all__ = ["RobustMixup"]
@@ -179,7 +180,7 @@ class RobustMixup(BatchTransform):
                 attack.random = attack.random.again()
         # Only ours is a submodule: any other may hold the model itself.
         self.climb = attack if isinstance(attack, BatchTransform) else None
-        self._other_attack = (None if isinstance(attack, BatchTransform) else attack,)
+        self._other_attack = Shared(None if isinstance(attack, BatchTransform) else attack)
         if self.climb is not None:
             self._adopt(self.climb)
 
@@ -225,7 +226,7 @@ class RobustMixup(BatchTransform):
     @property
     def attack(self) -> AnyAttack | None:
         """What climbs on the blend."""
-        return self._other_attack[0] if self.climb is None else self.climb
+        return self._other_attack.thing if self.climb is None else self.climb
 
     @property
     def needs_model(self) -> bool:
@@ -255,9 +256,8 @@ class RobustMixup(BatchTransform):
         super().check(images, labels)
         if self.mix.space != "pixel":
             check_flow(self._flow[0], images)
-        targets = self.as_labels(images, labels)
         if isinstance(self.attack, BatchTransform):
-            self.attack.check(images, targets)
+            self.attack.check(images, labels)
 
     def as_labels(self, images: Tensor, labels: Any) -> Tensor:
         """Labels as rows."""
@@ -376,27 +376,16 @@ class RobustMixup(BatchTransform):
             twin.climb._seen = twin._seen
         return twin
 
-    def _of_the_user(self) -> list[Any]:
-        return [*super()._of_the_user(), *self._other_attack]
-
     def _call(self, params: dict[str, Any]) -> Attack | None:
         """The attack with what it drew; nothing where it is told to rest."""
         attack, drawn = self.attack, params.get("attack")
         if isinstance(attack, BatchTransform):
-            attack.last = {}
             if drawn is None:
                 return None
             return lambda images, targets: attack.replay(images, targets, drawn)[0]
-        return None if attack is None or "attack" in params else self._guarded(images_of(attack))
-
-    def _guarded(self, attack: Attack) -> Attack:
-        """An attack of the user's own, beside which the model is frozen as beside ours."""
-
-        def call(images: Tensor, targets: Tensor) -> Tensor:
-            with self.handle.frozen(images.device):
-                return attack(images, targets)
-
-        return call if self.model is not None else attack
+        if attack is None or "attack" in params:
+            return None
+        return guarded(attack, self.handle, params.get("seed"))
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
-__all__ = ["check_choices", "check_count", "usual_step"]
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """A whole number, and not too small.
-
-    Example:
-        >>> check_count("steps", 1.5, 0)
-        Traceback (most recent call last):
-        ...
-        ValueError: steps must be an integer >= 0, got 1.5.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+__all__ = ["check_choices", "usual_step"]
 
 
 def check_choices(settings: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

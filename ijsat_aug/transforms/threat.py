@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..attack.balls import BALLS, Norm
 from ..attack.objectives import OBJECTIVES, Objective
+from ..words import check_count
 from .labels import Rows
-from .settings import check_choices, check_count, usual_step
+from .settings import check_choices, usual_step
 
 __all__ = ["Method", "Threat", "Update"]
 

@@ -596,3 +596,26 @@ def test_in_float16_one_number_a_sample_is_enough(network, digits, labels) -> No
 
     adv = JointSpaceAdv(lambda x: network(x)[:, 0], eta=0, objective=odd, amp_dtype=torch.float16)
     assert not torch.equal(adv(digits[:8], labels[:8])[0], digits[:8])
+
+
+def test_a_buffer_that_begins_to_change_later_is_put_back_from_then_on(digits, labels) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+            self.register_buffer("count", torch.zeros(()))
+            self.on = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.on:
+                self.count += 1
+            return self.head(x.flatten(1))
+
+    net = Counts()
+    attack = JointSpaceAdv(net, eta=0)
+    attack(digits[:4], labels[:4])
+    net.on = True
+    attack(digits[:4], labels[:4])
+    before = net.count.clone()  # the first time nobody could know
+    attack(digits[:4], labels[:4])
+    assert torch.equal(net.count, before)

@@ -560,7 +560,9 @@ def test_files_are_reused_and_never_mixed(small, tmp_path: Path) -> None:
 
 def test_the_pictures_of_frost_are_part_of_what_a_folder_is_of(small, tmp_path: Path) -> None:
     labels, files = torch.arange(24), CorruptionFiles(tmp_path)
-    files.ensure("frost", small, labels, frost_images=[flat(9)[0]])
+    (tmp_path / "frost").mkdir()
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "frost" / "1.png")
+    files.ensure("frost", small, labels, frost_images=tmp_path / "frost")
     assert torch.equal(
         files.read("frost", 2)[0], corrupt(small, "frost", 2, frost_images=[flat(9)[0]])
     )

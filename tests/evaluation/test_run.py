@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ijsat_aug import load_flow
 from ijsat_aug.evaluation import Found, Threat, evaluate
+from ijsat_aug.evaluation.run import Batches
 from ijsat_aug.evaluation.threats import GROUPS, make_threat, select_threats
 from ijsat_aug.flows import Pyramid, Tiles
 from ijsat_aug.functional import joint_space_adv
@@ -136,6 +138,24 @@ def test_batches_shrink_until_they_fit(net, digits, labels) -> None:
     assert max(tight.sizes[10:]) <= 20  # once too large is enough
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(Tight(net, 0), digits, labels, **options)
+
+
+def test_memory_is_given_back_before_the_next_try(monkeypatch) -> None:
+    """What an error holds cannot be freed."""
+    held, emptied = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[-1]() is None))
+
+    def work(begin: int, end: int) -> None:
+        activations = torch.zeros(end - begin)
+        held.append(weakref.ref(activations))
+        if end - begin > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    batches = Batches(8)
+    batches.run(5, work)
+    assert batches.size == 2
+    assert emptied == [True]
 
 
 class Stopped(nn.Module):
@@ -380,6 +400,11 @@ def test_the_attack_is_ours(net, digits, labels, flow) -> None:
     assert found.accuracy("jsa") == pytest.approx(accuracy, abs=0.04)
 
 
+def own(name: str, reference: str) -> Threat:
+    """A threat that does nothing."""
+    return Threat(name, "Own", "unseen", "", 1, reference, lambda victim, x, y, draws: Found(x))
+
+
 def test_bad_input(net, digits, labels, flow) -> None:
     x, y = digits[:5], labels[:5]
     cases = [
@@ -393,6 +418,9 @@ def test_bad_input(net, digits, labels, flow) -> None:
         ({"threats": ["autoattack@5"]}, "fixed numbers"),
         ({"corruptions": ["rain"]}, "no corruption 'rain'"),
         ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"threats": [own("clean", "a")]}, "give yours another name"),
+        ({"threats": [own("own", "a"), own("own", "b")]}, "have one name"),
         ({"mean": [0.5, 0.5], "std": [1, 1]}, "2 values"),
     ]
     for options, message in cases:
@@ -434,11 +462,19 @@ def test_overwriting_begins_anew(net, digits, labels, tmp_path) -> None:
         asked.append(len(x))
         return Found(x)
 
-    own = Threat("own", "Own", "unseen", "", 1, "here", attack)
-    options = {"threats": [own], "corruptions": [], "folder": tmp_path}
+    threat = Threat("own", "Own", "unseen", "", 1, "here", attack)
+    options = {"threats": [threat], "corruptions": [], "folder": tmp_path}
     for overwrite in (False, False, True):
         evaluate(net, digits[:20], labels[:20], overwrite=overwrite, **options)
     assert len(asked) == 2
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no settings\.json that tells of what"):
+        evaluate(net, digits[:20], labels[:20], **options)
+    ours = tmp_path / "result-of-mine.json"
+    ours.write_text("{}")
+    evaluate(net, digits[:20], labels[:20], overwrite=True, **options)
+    assert len(asked) == 3
+    assert ours.exists()
 
 
 def test_budgets_that_differ_look_different(flow) -> None:

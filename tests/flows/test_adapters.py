@@ -128,6 +128,11 @@ def test_a_conditional_flow_of_a_given_context(net, digits, labels) -> None:
         JointSpaceAdv(net, manifold, fraction=1 / 3, **options)(x, y)
     with pytest.raises(ValueError, match="1 images and 9 contexts"):
         manifold.decode(z[:1])
+    without = NormflowsManifold(conditional(), (1, 8, 8), flat=True)
+    with pytest.raises(ValueError, match=r"give the batch's context, \.given\("):
+        without.encode(x)
+    with pytest.raises(ValueError, match=r"give the batch's context, \.given\("):
+        JointSpaceAdv(net, without, **options)(x, y)
 
 
 def test_a_conditional_flow_gets_the_labels_of_the_batch(net, digits, labels) -> None:

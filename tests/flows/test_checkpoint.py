@@ -314,3 +314,13 @@ def test_a_conversion_overwrites_no_flow(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="already holds a flow"):
         convert_checkpoint(tmp_path / "old.pt", CONFIG, there)
     assert (there / "model.safetensors").read_bytes() == before
+
+
+def test_a_place_at_home_is_not_overwritten_either(folder: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, state = load_state(folder)
+    torch.save(state, tmp_path / "old.pt")
+    convert_checkpoint("~/old.pt", CONFIG, "~/new", name="precious")
+    with pytest.raises(FileExistsError, match="already holds a flow"):
+        convert_checkpoint("~/old.pt", CONFIG, "~/new", name="other")
+    assert load_flow("~/new").info["name"] == "precious"

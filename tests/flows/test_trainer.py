@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ijsat_aug import load_flow
+from ijsat_aug.flows import publish
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.checkpoint import load_state
 from ijsat_aug.flows.data import ImageData, load_images
@@ -316,7 +317,11 @@ def test_every_option_of_the_recipe_runs(tmp_path: Path, data: ImageData) -> Non
         ({"epochs": -1}, "epochs must be greater than 0"),
         ({"minutes": 0}, "minutes must be greater than 0"),
         ({"lr": float("nan")}, "lr must be greater than 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"batch_size": 2.5}, "batch_size must be an integer >= 1"),
+        ({"every": True}, "every must be an integer >= 1"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0"),
         ({"optimizer": "sgd"}, "optimizer must be"),
         ({"precision": "fp16"}, "precision must be"),
         ({"held_out": 0.0}, "held_out must lie in"),
@@ -429,3 +434,23 @@ def test_of_few_images_a_fifth_is_held_out(data: ImageData, tmp_path: Path) -> N
     recipe = dataclasses.replace(SHORT, held_out=0.02, epochs=1, batch_size=16)
     out = train_flow(few, CONFIG, tmp_path / "flow", recipe, quiet=True)
     assert load_flow(out).info["metrics"]["images"] == {"train": 48, "held_out": 12}
+
+
+def test_a_training_leaves_the_random_numbers_of_others_alone(tmp_path, data) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_cannot_be_measured_is_trained_all_the_same(tmp_path, data, monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(publish, "calibrate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
+    assert load_flow(tmp_path / "flow").info["training"]["steps"] > 0
+    monkeypatch.undo()
+    train_flow(data, CONFIG, tmp_path / "flow", SHORT, resume=True, quiet=True)
+    assert recommended_eta(load_flow(tmp_path / "flow"), "linf") > 0

@@ -399,3 +399,11 @@ def test_a_replay_has_nothing_to_capture() -> None:
     transform = JointSpaceAdv(network(), "digits", random_start=False)
     with pytest.raises(ValueError, match="leave one of them out"):
         AugmentedLoader([named()], transform, captured=True, replay=2)
+
+
+def test_what_returns_the_transform_returns_the_captured_one(network) -> None:
+    mix = CapturedTransform(RobustMixup(num_classes=10))
+    assert mix.bind(network) is mix
+    assert mix.model is network
+    assert mix.train() is mix.eval() is mix.to("cpu") is mix
+    assert not mix.training

@@ -208,6 +208,11 @@ def test_a_transform_that_is_copied_alone_stays_with_its_model(digits, labels) -
     assert whole.augment.threat.objective.__self__ is whole
     mix = RobustMixup(learner.net, num_classes=10, attack=Foreign(learner.net))
     assert copy.deepcopy(mix).attack.model is copy.deepcopy(mix).model is learner.net
+    assert copy.deepcopy(mix).attack is mix.attack
+    assert copy.deepcopy([mix])[0].attack is mix.attack
+    copied, net = copy.deepcopy([mix, learner.net])
+    assert copied.attack.model is copied.model is net is not learner.net
+    assert mix.attack.model is learner.net
     ijsat = copy.deepcopy(RobustMixup(learner.net, num_classes=10, attack=learner.augment))
     assert ijsat.model is ijsat.attack.model is learner.net
     assert torch.isfinite(ijsat(digits[:6], labels[:6])[0]).all()
@@ -313,9 +318,42 @@ def test_an_attack_of_the_users_leaves_no_trace(digits, labels) -> None:
         moved = mix(x, y)
     assert (moved[0] - plain[0]).abs().max() > 0.09
     assert modes == [False]
+    again, _ = robust_mixup(x, y, _network, lam=mix.last["lam"], num_classes=10, attack=fgsm)
+    assert torch.equal(again, moved[0])
+    assert modes == [False, False]
     assert _network.training
     assert all(p.requires_grad and p.grad is None for p in _network.parameters())
     assert all(torch.equal(b, before[name]) for name, b in _network.named_buffers())
+
+
+def test_an_attack_of_the_users_has_the_seed_of_train_mode(digits, labels) -> None:
+    """Dropout is as it is drawn, and other random numbers are left alone."""
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+
+    def fgsm(images: Tensor, targets: Tensor) -> Tensor:
+        leaf = images.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(net(leaf), targets)
+        return (images + 0.1 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
+
+    x, y = digits[:6], labels[:6]
+    mix = RobustMixup(net, num_classes=10, attack=fgsm, model_mode="train", generator=0)
+    before = torch.get_rng_state()
+    moved, _, params = mix.augment(x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    same = mix.replay(x, mix.as_labels(x, y), params)
+    other = mix.replay(x, mix.as_labels(x, y), params | {"seed": params["seed"] + 1})
+    assert torch.equal(same[0], moved)
+    assert not torch.equal(other[0], moved)
+
+
+def test_what_was_told_of_a_batch_is_not_told_of_the_next(network, digits, labels) -> None:
+    mix = RobustMixup(network, num_classes=10)
+    mix(digits[:6], labels[:6])
+    assert mix.last
+    assert mix.attack.last
+    mix.p = 0.0
+    mix(digits[:6], labels[:6])
+    assert mix.last == mix.attack.last == {}
 
 
 def test_masks_are_told_where_they_belong(network, digits) -> None:

@@ -47,7 +47,7 @@ class CorruptionFiles:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,8 +101,8 @@ class CorruptionFiles:
             return
         notes = _description(images, labels, seed)
         if name == "frost":
-            pictures = None if frost_images is None else as_pictures(frost_images)
-            notes["frost_images"] = None if pictures is None else _digest(pictures)
+            frost_images = None if frost_images is None else as_pictures(frost_images)
+            notes["frost_images"] = None if frost_images is None else _digest(frost_images)
         self._note(notes)
         if not self._path("labels").exists():
             with _whole(self._path("labels"), labels, np.int64) as array:

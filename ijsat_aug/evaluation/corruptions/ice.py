@@ -65,7 +65,7 @@ def load_pictures(folder: str | Path) -> tuple[Tensor, ...]:
     """
     from PIL import Image
 
-    files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in _SUFFIXES)
+    files = sorted(f for f in Path(folder).expanduser().iterdir() if f.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no picture of frost ({', '.join(sorted(_SUFFIXES))}).")
     pictures = []

@@ -14,7 +14,7 @@ from torchvision import models
 
 from ...attack.ascent import Picture, Pixels, Variable
 from ...attack.balls import Draw, L2Ball
-from ...transforms.joint_picture import full_precision
+from ...precision import full_precision
 from .space import Space, check
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attack.ascent import Picture, Values, Variable
 from ...attack.balls import Draw, LinfBall
 from ...attack.clip import clip
-from ...transforms.joint_picture import full_precision
+from ...precision import full_precision
 from ..corruptions.severities import LARGE_SIDE
 
 __all__ = ["Drawn", "Space", "SpaceInfo", "check", "linf_variable"]

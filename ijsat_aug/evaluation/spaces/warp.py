@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...attack.ascent import Picture, Values, Variable
 from ...attack.balls import Draw
-from ...transforms.joint_picture import full_precision
+from ...precision import full_precision
 from .space import Drawn, check, linf_variable
 
 __all__ = ["elastic", "stadv"]

@@ -1,0 +1,112 @@
+"""The modules behind something of the user's, and what of it copies share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+__all__ = ["Shared", "roots"]
+
+T = TypeVar("T")
+
+_MANY = 256  # things that something holds, beyond which none of them is looked at
+
+
+class Shared(Generic[T]):
+    """Something of the user's that copies share, unless what it asks is copied beside them.
+
+    A module may hold a model and what attacks it, in any order. Whether the model is copied too,
+    the memo of the copy tells when the thing is first used.
+
+    Args:
+        thing: Such as a model, or a callable that holds one.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> shared = Shared(net)
+        >>> copy.deepcopy(shared).thing is net
+        True
+        >>> twin, other = copy.deepcopy([shared, net])
+        >>> twin.thing is other
+        True
+    """
+
+    def __init__(self, thing: T) -> None:
+        self._thing = thing
+        self._copies: dict[int, Any] = {}
+
+    @property
+    def thing(self) -> T:
+        """The thing."""
+        if self._copies:
+            memo, self._copies = self._copies, {}
+            asked = (self._thing, *roots(self._thing))
+            if any(memo.get(id(one), one) is not one for one in asked):
+                self._thing = copy.deepcopy(self._thing, memo)
+        return self._thing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared[T]:
+        twin = Shared(self.thing)
+        twin._copies = memo
+        return twin
+
+
+def roots(
+    thing: Any, depth: int = 5, inside: bool = False, globals_too: int = 2
+) -> Iterator[nn.Module]:
+    """The modules that something callable holds, or what it holds does.
+
+    Of an object the attributes are looked at, but not the objects among them (``inside``); of a
+    function the global names that it uses, and of a function among these (``globals_too``).
+    """
+    thing = getattr(thing, "_orig_mod", thing)
+    if isinstance(thing, nn.Module):
+        yield thing
+        return
+    held = _held_by(thing)
+    if held is None and not inside and not isinstance(thing, (type, ModuleType, Tensor)):
+        held, inside = list(getattr(thing, "__dict__", {}).values()), True
+    if depth and held is not None and len(held) <= _MANY:
+        for inner in held:
+            yield from roots(inner, depth - 1, inside, globals_too)
+    if isinstance(thing, FunctionType) and depth and globals_too:
+        for named in _named_in(thing):
+            yield from roots(named, depth - 1, inside, globals_too - 1)
+
+
+def _held_by(thing: Any) -> Sequence[Any] | None:
+    """What is in a function or a container; None of another object."""
+    if isinstance(thing, (list, tuple)):
+        return thing
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if isinstance(thing, partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, MethodType):
+        return (thing.__self__,)
+    wrapped = getattr(thing, "__wrapped__", None)
+    wrapped = wrapped or getattr(thing, "_torchdynamo_orig_callable", None)
+    held = [] if wrapped is None else [wrapped]
+    if isinstance(thing, FunctionType):
+        defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+        cells = (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
+        return [*held, *cells, *defaults]
+    return held or None
+
+
+def _named_in(function: FunctionType) -> list[Any]:
+    """What a function finds among global names, but for packages and classes."""
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return [value for value in named if not isinstance(value, (ModuleType, type))]
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return bool(cell.cell_contents is not None)
+    except ValueError:  # not assigned yet
+        return False
