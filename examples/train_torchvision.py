@@ -187,7 +187,6 @@ def main() -> None:
     plain = net
     average = get_ema_multi_avg_fn(options.ema_decay)
     ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    torch.manual_seed(options.seed + rank)  # the same weights, other augmentations
     if distributed:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
         net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
@@ -208,6 +207,9 @@ def main() -> None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["epoch"] + 1
+
+    # Other augmentations in every process, and when it goes on.
+    torch.manual_seed((options.seed + first) * processes + rank)
 
     # Ours, beside the import above: mixup, whose blends are attacked in the second half.
     mix = RobustMixup.preset("accuracy", net, num_classes=classes, mean=MEAN, std=STD)

@@ -61,8 +61,8 @@ def _plain_errors() -> Iterator[None]:
             raise
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.secho("Stopped.", fg="yellow", err=True)
+    except KeyboardInterrupt as stop:
+        typer.secho(str(stop) or "Stopped.", fg="yellow", err=True)
         raise typer.Exit(130) from None
 
 
@@ -333,6 +333,8 @@ def train_flow(
             patch=patch, bins=images.bins, logit=logit,
             num_classes=_classes(images.labels) if class_conditional else None,
         )  # fmt: skip
+        if resume and not (out.exists() and any(out.iterdir())):
+            typer.secho(f"Nothing to go on with in {out}: a new training.", fg="yellow", err=True)
         train(
             images, config, out, recipe, test=test_images, resume=resume, overwrite=overwrite,
             name=name, license=license, quiet=quiet,
@@ -345,7 +347,9 @@ def train_flow(
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(help="Legacy .pt state dict of build_glow's network.")],
-    config: Annotated[Path, typer.Argument(help="JSON file with the GlowConfig's fields.")],
+    config: Annotated[
+        Path, typer.Argument(help="JSON file of the GlowConfig, or a config.json of ours.")
+    ],
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     data: Annotated[str, typer.Option(help="What it was trained on.")] = "unspecified",
     license: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
@@ -359,6 +363,8 @@ def convert(
             values = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{config} is no JSON file: {error}.") from None
+        if isinstance(values, dict):
+            values = values.get("architecture", values)  # of a flow's own config.json
         convert_checkpoint(file, GlowConfig.from_dict(values), out, data=data, license=license)
     typer.echo(f"Wrote {out}.")
 

@@ -22,6 +22,7 @@ from .transforms.scale import Scale
 __all__ = ["Column", "draw", "gallery"]
 
 _LAM = 0.6
+_WIDTH, _LETTERS = 26, 12  # of a line below a picture, and of a name in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,7 @@ def draw(
     classes: Sequence[str] | None = None,
     *,
     ink: bool = False,
+    truth: str = "label",
 ) -> None:
     """Draw columns side by side into a PNG file, which is whole or absent.
 
@@ -120,6 +122,7 @@ def draw(
         path: Of the file.
         classes: Their names.
         ink: Grey images tell how dark paper is, not how bright a picture.
+        truth: What stands before the arrow.
 
     Example:
         >>> import tempfile
@@ -130,6 +133,7 @@ def draw(
         ...     Path(place, "a.png").stat().st_size > 0
         True
     """
+    check_png(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -140,7 +144,7 @@ def draw(
     for j, column in enumerate(columns):
         axes[0][j].set_title(column.title, fontsize=10)
         for i, (axis, picture) in enumerate(zip(axes[:, j], column.pictures, strict=True)):
-            values = picture.detach().cpu().float().permute(1, 2, 0).numpy()
+            values = picture.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
             grey = values.shape[2] == 1
             axis.imshow(
                 values[:, :, 0] if grey else values,
@@ -151,7 +155,7 @@ def draw(
             axis.set(xticks=[], yticks=[])
             color = "red" if column.fooled[i] else "black"
             axis.set_xlabel(_caption(column, i, classes), fontsize=8, labelpad=2, color=color)
-    figure.suptitle("label → what the model sees (its loss); red: fooled", fontsize=9)
+    figure.suptitle(f"{truth} → what the model sees (its loss); red: fooled", fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     write_atomically(path, file.getvalue())
@@ -161,7 +165,26 @@ def _caption(column: Column, i: int, classes: Sequence[str] | None) -> str:
     shares, labels = column.truth[i].topk(min(2, column.truth.shape[1]))
     names = [_name(int(k), classes) for k, share in zip(labels, shares, strict=True) if share > 0]
     seen = _name(int(column.predictions[i]), classes)
-    return f"{' + '.join(names)} → {seen} ({abs(float(column.losses[i])):.2f})"
+    names, seen = [_short(name) for name in names], _short(seen)
+    line = f"{' + '.join(names)} → {seen} ({abs(float(column.losses[i])):.2f})"
+    return line if len(line) <= _WIDTH else line.replace(" → ", "\n→ ")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+
+
+def check_png(path: Path) -> None:
+    """Refuse another ending than that of what is written.
+
+    Example:
+        >>> check_png(Path("a.jpg"))
+        Traceback (most recent call last):
+        ...
+        ValueError: a.jpg would be a PNG file: call it a.png.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} would be a PNG file: call it {path.with_suffix('.png').name}.")
 
 
 def _column(handle: ModelHandle, scale: Scale, title: str, batch: Tensor, target: Tensor) -> Column:

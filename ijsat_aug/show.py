@@ -14,7 +14,7 @@ from .flows.checkpoint import load_flow
 from .flows.data import ImageData, load_images
 from .flows.files import check_target
 from .flows.probe import probe_network, several
-from .gallery import draw, gallery
+from .gallery import check_png, draw, gallery
 from .models import first_logits, load_model
 from .transforms.scale import Scale
 
@@ -50,6 +50,7 @@ def run(
         True
     """
     check_target(out)
+    check_png(out)
     if eta is not None and flow is None:
         raise ValueError("eta is a move along a manifold: say which, with --flow.")
     manifold = None if flow is None else load_flow(flow)
@@ -74,7 +75,10 @@ def run(
     columns = gallery(
         network, x, labels, manifold, eps=eps, eta=eta, steps=steps, mean=mean, std=std
     )
-    draw(columns, out, data.classes if labels is not None else None)
+    if labels is None:
+        draw(columns, out, truth="its prediction")
+    else:
+        draw(columns, out, data.classes)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from benchmarks.real_data import cifar10
 from benchmarks.speed.step import training_step
 from benchmarks.training import train_plainly
 from ijsat_aug import JointSpaceAdv, load_flow
-from ijsat_aug.attack.model import buffers_kept
+from ijsat_aug.attack.traces import buffers_kept
 from ijsat_aug.flows.frozen import FrozenGlow
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,16 @@ from torch.optim.swa_utils import AveragedModel
 from ..precision import warn_if_emulated
 from .balls import at_full_size
 from .behind import Shared, roots
+from .traces import RESTLESS, attributes_kept, buffers_kept, no_cached_weights, version_of
 
-__all__ = ["Mode", "Model", "ModelHandle", "buffers_kept", "in_full", "logits_of", "unwrap"]
+__all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "unwrap"]
 
 Mode = Literal["eval", "train"]
 Route = Literal["clean", "auxiliary"]
 Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
-Restless = MutableMapping[nn.Module, set[str]]
 
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
-_RESTLESS: Restless = WeakKeyDictionary()  # the buffers that a module changes in eval mode too
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
@@ -128,10 +126,10 @@ class ModelHandle:
             images = images.to(self._dtype(images.dtype))
         if images is given and (self._writes is not False or images.is_inference()):
             images = images.clone()
-        version = _version_of(images)
+        version = version_of(images)
         assert self.model is not None
         logits = logits_of(self.model(images))
-        changed = _version_of(images) != version
+        changed = version_of(images) != version
         if changed and images is given:
             raise ValueError(
                 "the model changed its input in place, which it had not done before: let it work "
@@ -152,8 +150,7 @@ class ModelHandle:
         Example:
             >>> ModelHandle(torch.nn.Linear(2, 2)).check_alone("use p=1")  # of one process alone
         """
-        kinds = {base.__name__ for module in _parts(self.model) for base in type(module).__mro__}
-        if kinds & _SHARDED:
+        if _are_sharded(_parts(self.model)):
             raise ValueError(
                 "the model is sharded (FSDP), and waits in every pass for all processes, which "
                 f"must attack as often: {instead}."
@@ -167,13 +164,17 @@ class ModelHandle:
             device: Where the images are.
             seed: Of dropout in ``mode="train"``; the global generator is then left alone.
         """
-        modules = self.modules
+        modules = [m for m in self.modules if hasattr(m, "training")]  # a jit.freeze has none
         modes = [module.training for module in modules]
         split = [(m, m.route) for m in modules if hasattr(m, "route") and hasattr(m, "auxiliary")]
         if self.route == "auxiliary":
             _check_still_split(modules)
-        trainable = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
+        found = [p for m in modules for p in m.parameters(recurse=False)]
+        trainable = [p for p in found if p.requires_grad and p.is_leaf]
         with ExitStack() as stack:
+            stack.enter_context(no_cached_weights())
+            if not _are_sharded(modules):  # FSDP keeps in attributes where it is in a pass
+                stack.enter_context(attributes_kept(m for m in modules if not _is_ours(m)))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if self.amp_dtype is not None:
@@ -181,7 +182,7 @@ class ModelHandle:
                 dtype = self.amp_dtype if low else None
                 warn_if_emulated(dtype, device.type, "leave amp_dtype out")
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
-            stack.enter_context(buffers_kept(modules, _RESTLESS if self.mode == "eval" else None))
+            stack.enter_context(buffers_kept(modules, RESTLESS if self.mode == "eval" else None))
             if self.mode == "train" and seed is not None:
                 cuda = [device] if device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(cuda))
@@ -189,7 +190,10 @@ class ModelHandle:
             try:
                 # Set flag by flag: a user's own train() may do more than set them.
                 for module in modules:
-                    module.training = self.mode == "train"
+                    # cuDNN goes no way back through a recurrent layer in eval mode; without
+                    # dropout the two modes are one.
+                    same = isinstance(module, nn.RNNBase) and not module.dropout
+                    module.training = self.mode == "train" or same
                 for part, _ in split:
                     part.route = self.route  # type: ignore[assignment]
                 # Also keeps frozen weights out of autocast's cache, where torch < 2.10 would leave
@@ -219,6 +223,16 @@ class ModelHandle:
         twin = self.to(self.model)
         twin._model = copy.deepcopy(self._model, memo)
         return twin
+
+
+def _are_sharded(modules: Iterable[nn.Module]) -> bool:
+    kinds = {base.__name__ for module in modules for base in type(module).__mro__}
+    return bool(kinds & _SHARDED)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether it is a transform, which tells of its attack in attributes."""
+    return isinstance(vars(module).get("handle"), ModelHandle)
 
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:
@@ -251,15 +265,17 @@ def _without_model(
 
 
 def unwrap(model: M) -> M | Any:
-    """The model inside DDP, DataParallel and EMA; a compiled model as it is.
+    """The model inside DDP, DataParallel, EMA and Fabric; a compiled model as it is.
 
     Example:
         >>> net = torch.nn.Linear(2, 2)
         >>> unwrap(torch.nn.DataParallel(net)) is net
         True
     """
-    if isinstance(model, _WRAPPERS):
-        return unwrap(model.module)
+    found: Any = model
+    fabric = type(found).__name__ == "_FabricModule"  # of Lightning, which need not be there
+    if fabric or isinstance(found, _WRAPPERS):
+        return unwrap(found.module)
     inner = getattr(model, "_orig_mod", None)  # of torch.compile
     return unwrap(inner) if isinstance(inner, _WRAPPERS) else model
 
@@ -287,11 +303,6 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _version_of(tensor: Tensor) -> int:
-    """How often it was written to; tensors of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def in_full(tensor: Tensor) -> Tensor:
     """In float32 at least.
 
@@ -305,57 +316,3 @@ def in_full(tensor: Tensor) -> Tensor:
 def _parts(model: Any) -> Iterable[nn.Module]:
     """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
     return {part: None for root in roots(model) for part in root.modules()}
-
-
-@contextmanager
-def buffers_kept(modules: Iterable[nn.Module], restless: Restless | None = None) -> Iterator[None]:
-    """Their running statistics and other buffers, put back afterwards.
-
-    Args:
-        modules: Whose they are.
-        restless: Those of its modules that need it, by name, where that is known; learns it, by a
-            look at their values, of a module that it does not know. By default all.
-
-    Example:
-        >>> norm = torch.nn.BatchNorm1d(2)
-        >>> with buffers_kept([norm]):
-        ...     _ = norm(torch.ones(4, 2))
-        >>> norm.running_mean
-        tensor([0., 0.])
-    """
-    known: Restless = {} if restless is None else restless
-    asked = [(module, known.get(module)) for module in modules if module._buffers]
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module, names in asked
-        for name in (module._buffers if names is None else names)
-        if (buffer := module._buffers.get(name)) is not None
-    ]
-    still = [
-        (module, name, buffer, _version_of(buffer))
-        for module, names in asked
-        if names is not None
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in names
-    ]
-    try:
-        yield
-        for module, name, still_one, version in still:  # until now: it is put back from now on
-            if module._buffers.get(name) is not still_one or _version_of(still_one) != version:
-                known[module].add(name)
-        if restless is not None:
-            restless.update({module: set() for module, names in asked if names is None})
-            for module, name, buffer, value in before:
-                if name not in restless[module] and _differs(
-                    module._buffers.get(name), buffer, value
-                ):
-                    restless[module].add(name)
-    finally:
-        for module, name, buffer, value in before:
-            buffer.data.copy_(value)  # .data: a pending backward pass may have saved it
-            module._buffers[name] = buffer  # the model may have put another one there
-
-
-def _differs(now: Tensor | None, before: Tensor, value: Tensor) -> bool:
-    """Whether a buffer is another one now, or has another value."""
-    return now is not before or not (before.is_meta or torch.equal(before, value))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..attack.model import buffers_kept
+from ..attack.traces import buffers_kept
 from ..transforms.functional import joint_space_adv
 from .draws import Draws
 from .threats import fooling, pgd

@@ -213,6 +213,8 @@ class Report:
             ...     Report.load(Path(place, "a.json")).accuracy("clean")
             0.75
         """
+        if Path(path).expanduser().is_dir():
+            raise ValueError(f"{path} is a folder: give the file that to_json (--json) wrote.")
         try:
             values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
@@ -224,7 +226,9 @@ class Report:
                 classes,
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no report of an evaluation.") from error
+            raise ValueError(
+                f"{path} is no report of an evaluation: give the file that --json wrote."
+            ) from error
 
 
 def read_result(values: Mapping[str, Any]) -> Result:

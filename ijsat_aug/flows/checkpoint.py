@@ -24,6 +24,7 @@ __all__ = ["CheckpointError", "convert_checkpoint", "load_flow", "load_state", "
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TRAINING = "training/state.safetensors"  # of a training that can go on
 _KEYS = {"architecture", "name", "data", "license", "metrics", "calibration", "training"}
 
 _shared: weakref.WeakValueDictionary[tuple[object, ...], FrozenGlow] = weakref.WeakValueDictionary()
@@ -250,8 +251,15 @@ def _check_sum(path: Path, data: bytes, wanted: str | None, source: str) -> None
     if wanted is not None and actual != wanted.lower():
         raise CheckpointError(
             f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
-            f"asked for {wanted[:12]}…; delete the folder and fetch it again."
+            f"asked for {wanted[:12]}…; {_again(path.parent)}."
         )
+
+
+def _again(folder: Path) -> str:
+    """How to come by a checkpoint that is not whole."""
+    if (folder / TRAINING).is_file():
+        return "go on with its training, train-flow ... --resume, which writes it"
+    return "copy the checkpoint again, or delete the folder where it was fetched"
 
 
 def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
@@ -261,6 +269,10 @@ def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
         _check_sum(path, data, sha256, "the registry")
         card = json.loads(data)
     except FileNotFoundError:
+        if (folder / TRAINING).is_file():
+            raise CheckpointError(
+                f"{folder} holds a training that has not ended: {_again(folder)}."
+            ) from None
         raise CheckpointError(
             f"{folder} is not a flow checkpoint: it has no {CONFIG}; name the folder that "
             "save_flow or ijsat-aug train-flow wrote."

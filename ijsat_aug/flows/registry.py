@@ -95,7 +95,9 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, dict[str, st
 
 
 def _like_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    owner, _, name = text.partition("/")
+    plain = bool(owner and name) and "/" not in name and not text.startswith((".", "~"))
+    return plain and not Path(owner).is_dir()  # a slip in the name of a folder
 
 
 @cache

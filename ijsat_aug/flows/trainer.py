@@ -6,8 +6,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..precision import warn_if_emulated
+from .checkpoint import TRAINING
 from .data import ImageData
 from .display import Display, Progress
 from .files import check_target, write_atomically
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["train_flow"]
 
-_STATE = Path("training", "state.safetensors")
 _HELD_OUT = 64
 
 
@@ -109,10 +112,15 @@ def train_flow(
 def _check_place(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("resume goes on and overwrite starts anew: choose one of them.")
-    check_target(out / _STATE)
-    if overwrite or (resume and (out / _STATE).exists()):
+    check_target(out / TRAINING)
+    if overwrite or (resume and (out / TRAINING).exists()):
         return
-    for file in (out / _STATE, out / "model.safetensors"):
+    if resume and (out / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"nothing to go on with: {out / TRAINING} is missing; start anew with overwrite "
+            "(--overwrite), or choose another folder."
+        )
+    for file in (out / TRAINING, out / "model.safetensors"):
         if file.exists():
             raise FileExistsError(
                 f"{out} already holds a flow; start anew with overwrite (--overwrite), choose "
@@ -180,15 +188,13 @@ class _Run:
         enough = min(_HELD_OUT, count // 5) / count  # to choose by, and to tell a radius
         self.train_data, self.held_out = data.split(max(recipe.held_out, enough), recipe.seed)
         self.progress = Progress()
-        self.state_file = out / _STATE
+        self.state_file = out / TRAINING
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             model = build_glow(config).to(self.device)
         resume = resume and self.state_file.is_file()
         if not resume:  # a state brings its own, flags included
             self._initialise(model)
-            if accelerator.is_main_process:
-                self.state_file.unlink(missing_ok=True)
         self.average = AveragedModel(model, multi_avg_fn=_Warming(recipe.ema))
         self.best = {k: v.clone() for k, v in self.average.module.state_dict().items()}
         kinds = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
@@ -206,16 +212,22 @@ class _Run:
 
     def train(self, display: Display) -> None:
         started = time.monotonic() - self.progress.seconds
-        for u, labels in self._batches():
-            self._clock(started)
-            done = self._done()
-            if done >= 1:
-                break
-            loss = self._step(u, labels, done)
-            self.progress.step += 1
-            display.update(self.progress, done, loss)
-            if self.progress.step % self.recipe.every == 0:
-                self._milestone(display, loss)
+        with _patient(self.accelerator.num_processes == 1) as asked_to_stop:
+            for u, labels in self._batches():
+                self._clock(started)
+                done = self._done()
+                if done >= 1:
+                    break
+                loss = self._step(u, labels, done)
+                self.progress.step += 1
+                display.update(self.progress, done, loss)
+                if self.progress.step % self.recipe.every == 0:
+                    self._milestone(display, loss)
+                if asked_to_stop():
+                    self._save()
+                    raise KeyboardInterrupt(
+                        f"Stopped after {self.progress.step} steps; go on with resume (--resume)."
+                    )
         self._clock(started)
         if self.progress.step % self.recipe.every or self.progress.step == 0:
             self._milestone(display, None)
@@ -297,7 +309,8 @@ class _Run:
     def _step(self, u: Tensor, labels: Tensor | None, done: float) -> Tensor:
         recipe, parameters = self.recipe, list(self.model.parameters())
         for group in self.optimizer.param_groups:
-            warm = min(1.0, (self.progress.step + 1) / max(1, recipe.warmup))
+            # A short training is warm after a tenth of it.
+            warm = min(1.0, max((self.progress.step + 1) / max(1, recipe.warmup), 10 * done))
             group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
         loss = bits_per_dim(self.model(u, labels).mean(), self.config)
         self.optimizer.zero_grad()
@@ -348,8 +361,14 @@ class _Run:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change when a training goes on: else held-out images were trained on."""
-        settings = ("seed", "held_out", "batch_size", "optimizer")
+        """What must not change when a training goes on: else held-out images were trained on.
+
+        Nor what its card says of it.
+        """
+        settings = (
+            "seed", "held_out", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "ema",
+            "clip", "flip",
+        )  # fmt: skip
         return {name: getattr(self.recipe, name) for name in settings} | {
             "network": self.config.to_dict(),
             "images": self.images,
@@ -398,6 +417,31 @@ class _Run:
         known = self.optimizer.state_dict()
         self.optimizer.load_state_dict(known | {"state": slots})
         self.progress = Progress(**state["progress"])
+
+
+@contextmanager
+def _patient(alone: bool) -> Iterator[Callable[[], bool]]:
+    """Whether somebody asked to stop (Ctrl-C, or a scheduler): a step ends before that is done.
+
+    A second Ctrl-C does not wait, nor do several processes, which would wait for each other.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, note) for kind in kinds]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _sum(tensor: Tensor | None) -> str | None:

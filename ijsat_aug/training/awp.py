@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.balls import unit
-from ..attack.model import buffers_kept
+from ..attack.traces import buffers_kept, no_cached_weights
 
 __all__ = ["AdversarialWeightPerturbation"]
 
@@ -49,7 +49,7 @@ class AdversarialWeightPerturbation:
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         if not weights:
             raise ValueError("the model has no trainable weight matrix to perturb.")
-        with buffers_kept(list(self.model.modules())), torch.enable_grad():
+        with buffers_kept(list(self.model.modules())), no_cached_weights(), torch.enable_grad():
             gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
         found = zip(weights, gradients, strict=True)
         moves = [(w, w.detach().clone(), self._uphill(w, g)) for w, g in found if g is not None]
@@ -57,7 +57,8 @@ class AdversarialWeightPerturbation:
             with torch.no_grad():
                 for weight, _, perturbed in moves:
                     weight.copy_(perturbed)
-            yield loss()
+            with no_cached_weights():
+                yield loss()
         finally:
             with torch.no_grad():
                 for weight, original, perturbed in moves:
@@ -71,6 +72,7 @@ class AdversarialWeightPerturbation:
 
         It stays where there is no gradient, or none that is finite, as a GradScaler has them.
         """
+        gradient = gradient.to_dense()  # that of an embedding may be sparse
         perturbed = weight + unit(gradient[None])[0] * (self.gamma * weight.norm())
         return torch.where(perturbed.isfinite().all(), perturbed, weight)
 

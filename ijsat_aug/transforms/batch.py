@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import EllipsisType, MethodType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -93,19 +94,11 @@ class BatchTransform(nn.Module):
         generator: torch.Generator | int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is a probability, got {p!r}.")
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction is a share of the samples, got {fraction!r}.")
         if mode not in ("replace", "append"):
             raise ValueError(f'mode must be "replace" or "append", got {mode!r}.')
-        if mode == "append" and p < 1:
-            raise ValueError('mode="append" needs p=1: batches must not change their size.')
-        if mode == "append" and fraction < 1:
-            raise ValueError('mode="append" needs fraction=1: a clean half and a new half.')
+        self._mode = mode
         self.p = p
         self.fraction = fraction
-        self._mode = mode
         self.scale = Scale.of(mean, std)
         self.labels_getter = labels_getter
         self.handle = ModelHandle(
@@ -129,7 +122,19 @@ class BatchTransform(nn.Module):
                 f"{name} of a {type(self).__name__} lies in its .{place}: set .{place} to "
                 f"dataclasses.replace(.{place}, {name}=...)."
             )
+        self._check_setting(name, value)
         super().__setattr__(name, value)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        """Refuse what a setting cannot be, at first and later."""
+        if name == "p" and not 0 <= value <= 1:
+            raise ValueError(f"p is a probability, got {value!r}.")
+        if name == "fraction" and not 0 <= value <= 1:
+            raise ValueError(f"fraction is a share of the samples, got {value!r}.")
+        if name == "p" and value < 1 and self.mode == "append":
+            raise ValueError('mode="append" needs p=1: batches must not change their size.')
+        if name == "fraction" and value < 1 and self.mode == "append":
+            raise ValueError('mode="append" needs fraction=1: a clean half and a new half.')
 
     @property
     def mode(self) -> Literal["replace", "append"]:
@@ -475,9 +480,17 @@ def spread(facts: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, 
 def _joined(labels: Any, new: Any, count: int) -> Any:
     """The labels of ``count`` samples, and those of the new ones behind them."""
     return _each_label(
-        lambda *tensors: torch.cat(tensors), lambda *samples: [one for s in samples for one in s],
-        count, labels, new,
-    )  # fmt: skip
+        _cat, lambda *samples: [one for s in samples for one in s], count, labels, new
+    )
+
+
+def _cat(first: Tensor, *others: Tensor) -> Tensor:
+    """One behind the other; a mask or boxes of torchvision stay what they are."""
+    joined = torch.cat([first, *others]).as_subclass(Tensor)
+    vision = sys.modules.get("torchvision.tv_tensors")  # where there are some, it is imported
+    if vision is not None and isinstance(first, vision.TVTensor):
+        return cast(Tensor, vision.wrap(joined, like=first))
+    return joined.as_subclass(type(first))
 
 
 def _each_label(

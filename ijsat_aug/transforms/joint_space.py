@@ -155,8 +155,6 @@ class JointSpaceAdv(BatchTransform):
             labels_getter=labels_getter, model_mode=model_mode, amp_dtype=amp_dtype,
             memory_format=memory_format, generator=generator,
         )  # fmt: skip
-        if target not in ("label", "prediction", "random"):
-            raise ValueError(f'target must be "label", "prediction" or "random", got {target!r}.')
         if target == "random" and not targeted:
             raise ValueError('target="random" is a class to approach: set targeted=True.')
         if target == "random" and objective == "bce":
@@ -176,14 +174,19 @@ class JointSpaceAdv(BatchTransform):
             check_manifold(self.flow)
         if objective == "kl":
             self.threat.check_start(pixel=random_start, latent=random_start)
-        if choose not in ("random", "hardest"):
-            raise ValueError(f'choose must be "random" or "hardest", got {choose!r}.')
         self._usual_eta = self.threat.eta if eta is None else None
         self.target = target
         self.random_start = random_start
         self.choose = choose
         self._told: set[str] = set()
         self._asked: set[torch.device] = set()  # where the model's logits were looked at
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        super()._check_setting(name, value)
+        if name == "target" and value not in ("label", "prediction", "random"):
+            raise ValueError(f'target must be "label", "prediction" or "random", got {value!r}.')
+        if name == "choose" and value not in ("random", "hardest"):
+            raise ValueError(f'choose must be "random" or "hardest", got {value!r}.')
 
     @classmethod
     def preset(

@@ -148,11 +148,6 @@ class RobustMixup(BatchTransform):
             labels_getter=labels_getter, model_mode=model_mode, amp_dtype=amp_dtype,
             memory_format=memory_format, generator=generator,
         )  # fmt: skip
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be a number > 0, got {alpha!r}; p=0 mixes nothing.")
-        check_count("draws", draws, 1)
-        if num_classes is not None:
-            check_count("num_classes", num_classes, 2)
         self.mix = Mix(
             lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size,
             lam_objective=lam_objective, order=order, space=space, label=label,
@@ -161,11 +156,12 @@ class RobustMixup(BatchTransform):
         self._flow = (find_flow(flow),)
         if space != "pixel":
             check_manifold(self._flow[0])
-        self.num_classes = None if num_classes is None else int(num_classes)
-        self.alpha, self.per_sample = alpha, per_sample
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.num_classes = int(num_classes)  # NumPy's are none for torch
+        self.alpha, self.per_sample, self.draws = alpha, per_sample, draws
         if not per_sample:
             check_one_weight(draws, lam_steps)
-        self.draws = draws
         own: dict[str, Any] = {
             "eps": eps, "norm": norm, "steps": steps, "step_size": step_size,
             "objective": objective, "random_start": random_start,
@@ -222,6 +218,13 @@ class RobustMixup(BatchTransform):
         if options.get("space", "pixel") != "pixel":
             options["flow"] = attack.flow
         return cls(model, attack=attack, **options)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        super()._check_setting(name, value)
+        if name == "alpha" and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"alpha must be a number > 0, got {value!r}; p=0 mixes nothing.")
+        if name == "draws" or (name == "num_classes" and value is not None):
+            check_count(name, value, 1 if name == "draws" else 2)
 
     @property
     def attack(self) -> AnyAttack | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +48,11 @@ class Scale:
             raise ValueError(f"every std must be > 0, got {stds}.")
         if not all(map(math.isfinite, (*means, *stds))):
             raise ValueError(f"mean and std must be finite, got {means} and {stds}.")
+        if not all(0 <= m <= 1 for m in means) or max(stds) > 1:
+            raise ValueError(
+                f"mean and std are those of pixels in [0, 1], got {means} and {stds}: divide those "
+                "of 8-bit levels by 255."
+            )
         return cls(means, stds)
 
     def agrees(self, other: Scale) -> bool:
@@ -77,6 +83,7 @@ class Scale:
             )
         tolerance = _TOLERANCE + torch.finfo(images.dtype).eps
         if low >= -tolerance and high <= 1 + tolerance:
+            self._doubt(images)
             return
         if self.mean is None:
             raise ValueError(
@@ -88,6 +95,18 @@ class Scale:
             "[0, 1]: pass the mean= and std= that it was normalised with, or leave them out; what "
             "is erased after the normalisation, erase with a constant, not with noise."
         )
+
+    def _doubt(self, images: Tensor) -> None:
+        """A word where a batch looks as if nobody had normalised it."""
+        if self.mean is None or min(self.mean) == 0:
+            return
+        low, high = (float(v) for v in images.detach().aminmax())
+        if low >= 0 and high <= 1:
+            warnings.warn(
+                "mean and std are given, and the batch lies in [0, 1] as if it were not "
+                "normalised, so that moves would be too large: normalise it, or leave them out.",
+                stacklevel=2,
+            )
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """The batch in [0, 1]; float32 at least."""

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
-from ijsat_aug.attack.model import _RESTLESS
+from ijsat_aug.attack.traces import RESTLESS
 
 VARIANTS = {
     "pixel": {"eta": 0, "steps": 2},
@@ -530,8 +531,8 @@ def test_buffers_that_change_in_eval_mode_come_back_too(network, digits, labels)
         attack(digits[:8], labels[:8])
         assert same(before, state(net))
         assert net.largest is largest
-    assert _RESTLESS[net] == {"calls", "largest"}
-    assert not any(_RESTLESS[part] for part in network.modules() if part in _RESTLESS)
+    assert RESTLESS[net] == {"calls", "largest"}
+    assert not any(RESTLESS[part] for part in network.modules() if part in RESTLESS)
 
 
 def test_dropout_of_train_mode_is_seeded(network, digits, labels) -> None:
@@ -598,24 +599,123 @@ def test_in_float16_one_number_a_sample_is_enough(network, digits, labels) -> No
     assert not torch.equal(adv(digits[:8], labels[:8])[0], digits[:8])
 
 
-def test_a_buffer_that_begins_to_change_later_is_put_back_from_then_on(digits, labels) -> None:
-    class Counts(nn.Module):
+def test_buffers_that_begin_to_change_later_are_put_back_from_then_on(digits, labels) -> None:
+    """Also those that are written to by a kernel that does not count it."""
+
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(64, 10)
-            self.register_buffer("count", torch.zeros(()))
-            self.on = False
+            self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 10)
+            self.live = False
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.on:
-                self.count += 1
-            return self.head(x.flatten(1))
+            if self.live:
+                self.norm.train()
+            return self.head(self.norm(x).flatten(1))
 
-    net = Counts()
+    net = Net()
     attack = JointSpaceAdv(net, eta=0)
     attack(digits[:4], labels[:4])
-    net.on = True
+    net.live = True
     attack(digits[:4], labels[:4])
-    before = net.count.clone()  # the first time nobody could know
+    before = state(net)  # the first time nobody could know
     attack(digits[:4], labels[:4])
-    assert torch.equal(net.count, before)
+    assert same(before, state(net))
+
+
+def test_what_a_pass_keeps_in_attributes_is_put_back(digits, labels) -> None:
+    """A cache that evaluation fills, the size of the last images, losses that a step adds up."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 10)
+            self.size, self.biases, self.losses = 8, {}, []
+            self.register_buffer("grid", torch.linspace(0, 1, 8), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.size != x.shape[-1]:
+                self.size = x.shape[-1]
+                self.grid = torch.linspace(0, 1, self.size)
+            if not self.training and "bias" not in self.biases:
+                self.biases["bias"] = self.head.bias * 2
+            self.losses.append(x.mean())
+            return self.head((x * self.grid).mean((2, 3))) + self.biases.get("bias", 0)
+
+    net = Net()
+    kept = net.biases, net.losses
+    large = nn.functional.interpolate(digits[:4], 16)
+    JointSpaceAdv(net, eta=0, steps=2)(large, labels[:4])
+    assert (net.size, net.biases, net.losses) == (8, {}, [])
+    assert net.biases is kept[0]
+    assert net.losses is kept[1]
+    net(digits[:4])
+    sum(net.losses).requires_grad_().backward()
+
+
+def test_cached_weights_keep_their_gradients(digits, labels) -> None:
+    net = nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(64, 10)))
+    with parametrize.cached():
+        x, y = JointSpaceAdv(net, eta=0)(digits[:4], labels[:4])
+        nn.functional.cross_entropy(net(x), y).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["script", "trace", "freeze"])
+def test_a_scripted_model_is_a_model(kind, network, digits, labels) -> None:
+    x, y = digits[:4], labels[:4]
+    expected = JointSpaceAdv(network, eta=0, generator=0)(x, y)[0]
+    network = network if kind == "script" else network.eval()
+    scripted = torch.jit.trace(network, x) if kind == "trace" else torch.jit.script(network)
+    scripted = torch.jit.freeze(scripted) if kind == "freeze" else scripted
+    before = {name: value.clone() for name, value in scripted.state_dict().items()}
+    for _ in range(2):
+        moved = JointSpaceAdv(scripted, eta=0, generator=0)(x, y)[0]
+    assert (moved != expected).float().mean() < 0.02  # a sign where there is hardly a gradient
+    after = scripted.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ["expanded", "sparse", "csr"])
+def test_buffers_that_nothing_can_be_written_to(kind, network, digits, labels) -> None:
+    buffer = torch.ones(1).expand(10, 8) if kind == "expanded" else torch.eye(10).to_sparse()
+    buffer = buffer.to_sparse_csr() if kind == "csr" else buffer
+    network.register_buffer("extra", buffer)
+    for mode in ("eval", "train"):
+        JointSpaceAdv(network, eta=0, model_mode=mode)(digits[:4], labels[:4])
+    assert network.extra is buffer
+
+
+def test_weights_that_another_step_made(digits, labels) -> None:
+    """As those of the inner steps of meta-learning."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    weight = net[1].weight
+    del net[1].weight
+    net[1].weight = weight * 2
+    moved, _ = JointSpaceAdv(net, eta=0)(digits[:4], labels[:4])
+    nn.functional.cross_entropy(net(moved), labels[:4]).backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recurrent_layers_go_backward_on_cudnn(dropout, digits, labels) -> None:
+    """In training mode, which is no other where there is no dropout."""
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(8, 16, 2, batch_first=True, dropout=dropout)
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((self.training, self.rnn.training))
+            return self.head(self.rnn(x[:, 0])[0][:, -1])
+
+    net = Net().eval()
+    JointSpaceAdv(net, eta=0)(digits[:4], labels[:4])
+    assert seen == [(False, not dropout)]
+    assert not net.rnn.training

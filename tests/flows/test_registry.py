@@ -95,7 +95,7 @@ def test_a_damaged_cache_is_found(
     load_flow("far")
     (weights,) = (tmp_path / "home").rglob("model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="delete the folder and fetch it again"):
+    with pytest.raises(CheckpointError, match="delete the folder where it was fetched"):
         load_flow("far")
 
 

@@ -7,24 +7,29 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ijsat_aug import load_flow
-from ijsat_aug.flows import publish
+from ijsat_aug.flows import publish, trainer
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.checkpoint import load_state
 from ijsat_aug.flows.data import ImageData, load_images
 from ijsat_aug.flows.glow import GlowConfig, build_glow
 from ijsat_aug.flows.publish import evaluate
 from ijsat_aug.flows.recipe import Recipe
+from ijsat_aug.flows.registry import CheckpointError
 from ijsat_aug.flows.trainer import train_flow
 
 pytest.importorskip("accelerate")
@@ -98,8 +103,6 @@ def test_it_resumes_bit_for_bit(trained: Path, tmp_path: Path, data: ImageData) 
         pass
 
     out = tmp_path / "flow"
-    from ijsat_aug.flows import trainer
-
     original = trainer._Run._milestone
 
     def stop_at_ten(run: trainer._Run, *args: object) -> None:
@@ -141,8 +144,6 @@ def test_autocast_that_the_launcher_asks_for_is_refused(
 ) -> None:
     """`accelerate launch --mixed_precision bf16` must not round the state of the flow."""
     from accelerate.state import AcceleratorState
-
-    from ijsat_aug.flows import trainer
 
     inside: list[bool] = []
     step = trainer._Run._step
@@ -203,7 +204,7 @@ def test_resume_without_a_state_does_not_retrain_over_a_finished_flow(
     trained: Path, tmp_path: Path, data: ImageData
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="already holds a flow"):
+    with pytest.raises(FileNotFoundError, match="nothing to go on with"):
         train_flow(data, CONFIG, tmp_path, SHORT, resume=True, quiet=True)
     with pytest.raises(ValueError, match="choose one of them"):
         train_flow(data, CONFIG, trained, SHORT, resume=True, overwrite=True, quiet=True)
@@ -226,8 +227,6 @@ def test_labels_that_the_network_of_the_calibration_never_saw_do_no_harm(
 def test_a_validation_that_is_not_a_number_never_wins(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ijsat_aug.flows import trainer
-
     values = iter([3.0, math.nan])
     monkeypatch.setattr(trainer, "evaluate", lambda *args: next(values))
     out = train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
@@ -269,8 +268,6 @@ def test_a_time_budget_ends_the_training(tmp_path: Path, data: ImageData) -> Non
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
     data = load_images("digits")
-    from ijsat_aug.flows import trainer
-
     original = trainer.dequantize
     calls = iter(range(10**6))
 
@@ -454,3 +451,52 @@ def test_what_cannot_be_measured_is_trained_all_the_same(tmp_path, data, monkeyp
     monkeypatch.undo()
     train_flow(data, CONFIG, tmp_path / "flow", SHORT, resume=True, quiet=True)
     assert recommended_eta(load_flow(tmp_path / "flow"), "linf") > 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_stopped_goes_on_as_if_it_had_not_been(
+    kind, tmp_path, data, monkeypatch
+) -> None:
+    """Ctrl-C long before the first validation."""
+    recipe = dataclasses.replace(SHORT, every=1000)
+    whole = train_flow(data, CONFIG, tmp_path / "whole", recipe, quiet=True)
+    step, calls = trainer._Run._step, itertools.count(1)
+
+    def stopped(*arguments: Any) -> Tensor:
+        if next(calls) == 3:
+            signal.raise_signal(kind)
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer._Run, "_step", stopped)
+    before = signal.getsignal(kind)
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped after 3 steps; .*--resume"):
+        train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    assert signal.getsignal(kind) is before
+    with pytest.raises(CheckpointError, match=r"has not ended: go on .* --resume"):
+        load_flow(tmp_path / "flow")
+    resumed = train_flow(data, CONFIG, tmp_path / "flow", recipe, resume=True, quiet=True)
+    weights = [(place / "model.safetensors").read_bytes() for place in (whole, resumed)]
+    assert weights[0] == weights[1]
+
+
+def test_who_stops_at_once_loses_nothing(trained: Path, tmp_path, data, monkeypatch) -> None:
+    """What is overwritten is there until there is something new."""
+    out = tmp_path / "flow"
+    shutil.copytree(trained, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_flow(data, CONFIG, out, SHORT, overwrite=True, quiet=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_does_not_go_on_with_another_learning_rate(trained: Path, data) -> None:
+    for change in ({"lr": 1e-4}, {"flip": True}):
+        recipe = dataclasses.replace(SHORT, **change)
+        with pytest.raises(ValueError, match=rf"its {next(iter(change))} was"):
+            train_flow(data, CONFIG, trained, recipe, resume=True, quiet=True)

@@ -215,3 +215,21 @@ def test_fastai(digits, labels) -> None:
     learn.fit(1)
     assert [ndim for training, ndim in seen if training] == [2, 2]
     assert {ndim for training, ndim in seen if not training} == {1}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_model_of_fabric(precision, network, digits, labels) -> None:
+    fabric = pytest.importorskip("lightning.fabric", reason=REASON)
+    sgd = torch.optim.SGD(network.parameters(), lr=0.1)
+    runner = fabric.Fabric(accelerator="cpu", devices=1, precision=precision)
+    model, optimizer = runner.setup(network, sgd)
+    mix = RobustMixup(model, num_classes=10)
+    assert mix.model is network
+    before = network[0].weight.clone()
+    for _ in range(2):
+        x, y = mix(digits[:16], labels[:16])
+        assert (x != digits[:16]).any()
+        runner.backward(torch.nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(network[0].weight, before)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
 
 
 def ours(net: nn.Sequential) -> list:
@@ -80,3 +80,22 @@ def test_masks_and_boxes_are_not_blended(net, digits, labels) -> None:
         assert mix.eval()(*batch)
         mix.train()
     assert adv({"image": x, "label": y, "mask": mask})["mask"] is mask
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_masks_of_an_appended_batch_move_with_their_images(p) -> None:
+    x, net = torch.rand(2, 3, 8, 8), nn.Conv2d(3, 2, 1)
+    mask = (x[:, 0] > 0.5).long()
+
+    def of_pixels(logits: Tensor, masks: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, masks, reduction="none").mean((1, 2))
+
+    attack = JointSpaceAdv(net, eta=0, objective=of_pixels, mode="append", labels_getter="mask")
+    flip = v2.RandomHorizontalFlip(p=1.0)
+    batch = {"image": tv_tensors.Image(x), "mask": tv_tensors.Mask(mask)}
+    loader = AugmentedLoader([batch], attack, "cpu", epochs=(0, None) if p else (1, None))
+    (out,) = loader
+    assert isinstance(out["mask"], tv_tensors.Mask)
+    out = flip(out)
+    assert torch.equal(out["image"][:2].as_subclass(Tensor), x.flip(-1))
+    assert torch.equal(out["mask"].as_subclass(Tensor), torch.cat([mask, mask]).flip(-1))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from ijsat_aug.training import AdversarialWeightPerturbation
 
@@ -172,3 +173,40 @@ def test_a_buffer_that_is_put_anew_counts_once() -> None:
     with AdversarialWeightPerturbation(model)(lambda: model(x).square().mean()) as loss:
         loss.backward()
     assert model.calls == 1
+
+
+def test_cached_weights_are_no_stale_ones(digits, labels) -> None:
+    net = nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(64, 10)))
+    awp = AdversarialWeightPerturbation(net, gamma=0.5)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net(digits[:8]), labels[:8])
+
+    with awp(loss) as expected:
+        expected.backward()
+    with parametrize.cached():
+        calm = loss()
+        with awp(loss) as found:
+            found.backward()
+    assert torch.equal(found, expected)
+    assert found > calm
+
+
+def test_sparse_gradients(digits, labels) -> None:
+    class Net(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.levels, self.head = nn.Embedding(17, 8, sparse=sparse), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.levels((16 * x).long().flatten(1)).mean(1))
+
+    losses = []
+    for net in (Net(False), Net(True)):
+        awp = AdversarialWeightPerturbation(net, gamma=0.5)
+        with awp(lambda net=net: F.cross_entropy(net(digits[:8]), labels[:8])) as loss:
+            loss.backward()
+        losses.append(loss)
+    assert net.levels.weight.grad.is_sparse
+    assert torch.allclose(*losses)

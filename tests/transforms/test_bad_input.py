@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
 
-from ijsat_aug import JointSpaceAdv, load_flow
+from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.transforms.functional import joint_space_adv, robust_mixup
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
@@ -336,3 +336,26 @@ def test_the_start_of_an_attack_that_is_not_ours(eps, network, digits, labels) -
         options["pixel_start"] = torch.zeros(1)
     with pytest.raises(ValueError, match="pixel_start"):
         robust_mixup(digits[:4], labels[:4], network, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (JointSpaceAdv, "p", -3, "p is a probability"),
+        (JointSpaceAdv, "fraction", 7, "fraction is a share"),
+        (JointSpaceAdv, "target", "predicted", "target must be"),
+        (JointSpaceAdv, "choose", "hard", "choose must be"),
+        (RobustMixup, "p", 2, "p is a probability"),
+        (RobustMixup, "draws", 2.5, "draws must be an integer >= 1"),
+        (RobustMixup, "alpha", -1, "alpha must be a number > 0"),
+        (RobustMixup, "num_classes", 1, "num_classes must be an integer >= 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_later_too(kind, name, value, message, network) -> None:
+    transform = kind(network) if kind is RobustMixup else kind(network, eta=0)
+    before = getattr(transform, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(transform, name, value)
+    assert getattr(transform, name) == before
+    with pytest.raises(ValueError, match="batches must not change their size"):
+        RobustMixup(network, mode="append").p = 0.5
