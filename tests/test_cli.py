@@ -124,6 +124,8 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         (("show", "digits", "--weights", "a.pt"), "weights belong to a model"),
         (("show", "digits", "--eta", 0.1), "say which, with --flow"),
         (("show", "digits", "--out", tmp_path), "is a folder; name a file in it"),
+        (("show", "digits", "--out", tmp_path / "a.jpg"), "call it a.png"),
+        ((*EVALUATE, "--against", tmp_path), "is a folder: give the file that"),
         (("demo", "--out", __file__), "is a file, and cannot hold gallery.png"),
         (("convert", "a.pt", __file__, tmp_path / "b"), "is no JSON file"),
         (("show", "digits", "--flow", "digits", "--model", "resnet18"), "without weights"),
@@ -139,6 +141,15 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         assert result.output.startswith("Error: ")
         assert len(result.output.strip().splitlines()) <= 2
     assert not (tmp_path / "a").exists()
+
+
+def test_a_training_that_has_nothing_to_go_on_with_says_so(tmp_path: Path) -> None:
+    result = run(
+        "train-flow", "digits", tmp_path / "typo", "--resume", "--epochs", 0.05, "--levels", 2,
+        "--steps", 1, "--hidden", 4, "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "typo: a new training." in " ".join(result.output.split())
 
 
 def test_train_flow_on_a_folder_of_images(tmp_path: Path) -> None:
@@ -186,6 +197,8 @@ def test_convert(tmp_path: Path) -> None:
     result = run("convert", tmp_path / "old.pt", tmp_path / "config.json", out, "--data", "UCI")
     assert result.exit_code == 0, result.output
     assert ijsat_aug.load_flow(out).info["data"] == "UCI"
+    result = run("convert", tmp_path / "old.pt", out / "config.json", tmp_path / "again")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_terminal_of_few_letters_is_no_reason_to_stop(monkeypatch) -> None:

@@ -92,3 +92,16 @@ def test_grey_pictures_are_as_bright_as_they_are(network, tmp_path) -> None:
         with Image.open(tmp_path / "a.png") as picture:
             grey = picture.convert("L")
             assert grey.getpixel((grey.width // 2, grey.height // 2)) == middle
+
+
+def test_long_names_stay_below_their_picture(tmp_path, network, digits, labels) -> None:
+    from ijsat_aug.gallery import _caption
+
+    names = ["automobile", "a very long name of a class", *"abcdefgh"]
+    columns = gallery(network, digits[:2], torch.tensor([0, 1]))
+    lines = [line for c in columns for i in range(2) for line in _caption(c, i, names).split("\n")]
+    assert max(map(len, lines)) <= 32
+    assert any("a very long…" in line for line in lines)
+    draw(columns, tmp_path / "a.png", names, truth="its prediction")
+    with pytest.raises(ValueError, match=r"would be a PNG file: call it a\.png"):
+        draw(columns, tmp_path / "a.jpg")

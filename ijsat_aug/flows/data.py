@@ -169,7 +169,7 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
 
-    def pictures() -> Iterator[Any]:
+    def pictures() -> Iterator[tuple[Any, Path]]:
         for file in files:
             try:
                 with Image.open(file) as picture:
@@ -178,7 +178,7 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
                 raise ValueError(
                     f"{file} cannot be read as a picture ({error}): mend it, or take it away."
                 ) from error
-            yield picture
+            yield picture, file
 
     images = _stack(pictures(), size, folder)
     classes = None
@@ -196,6 +196,8 @@ def _from_torchvision(
     from torchvision import datasets
 
     kind: Callable[..., Any] | None = getattr(datasets, name, None)
+    if Path(name).suffix.lower() in _SUFFIXES and Path(name).is_file():
+        raise ValueError(f"{name} is a single picture; name the folder of several.")
     if kind is None or not isinstance(kind, type):
         raise ValueError(
             f"{name!r} is neither a file or folder that exists, nor 'digits', nor a dataset of "
@@ -213,11 +215,11 @@ def _from_torchvision(
     dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
     targets: list[Any] = []
 
-    def pictures() -> Iterator[Any]:
+    def pictures() -> Iterator[tuple[Any, str]]:
         for i in range(len(dataset)):
             picture, target = dataset[i][:2]
             targets.append(target)
-            yield picture
+            yield picture, f"number {i} of {name}"
 
     images = _stack(pictures(), size, name)
     labels = torch.tensor(targets) if all(isinstance(t, int) for t in targets) else None
@@ -247,15 +249,17 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return resized
 
 
-def _stack(pictures: Iterable[Any], size: int | None, source: Path | str) -> Tensor:
+def _stack(
+    pictures: Iterable[tuple[Any, Path | str]], size: int | None, source: Path | str
+) -> Tensor:
     from torchvision.transforms.v2 import functional as F
 
     tensors: list[Tensor] = []
-    for picture in pictures:
+    for picture, name in pictures:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(
-                f"{source} holds a picture of more than 8 bits (mode {picture.mode}); convert it "
-                "to 8 bits first."
+                f"{name} is a picture of more than 8 bits (mode {picture.mode}); convert it to 8 "
+                "bits first."
             )
         grey = picture.mode in {"1", "L"}
         tensor = F.pil_to_tensor(picture.convert("L" if grey else "RGB"))

@@ -134,7 +134,7 @@ def test_pictures_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
     for i in range(2):
         deep = np.full((8, 8), 40_000, dtype=np.uint16)
         Image.fromarray(deep).save(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
+    with pytest.raises(ValueError, match=r"\.png is a picture of more than 8 bits"):
         load_images(tmp_path)
 
 
@@ -222,3 +222,9 @@ def test_splits_have_several_names(known, train, taken, tmp_path, monkeypatch) -
             load_images("Odd", root=tmp_path, train=train)
     else:
         assert (load_images("Odd", root=tmp_path, train=train).images == 100).all()
+
+
+def test_a_single_picture_is_no_data_set(tmp_path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is a single picture; name the folder"):
+        load_images(tmp_path / "a.png")

@@ -194,3 +194,10 @@ def test_a_changed_config_of_the_cache_is_found(
     config.write_text(json.dumps(card | {"calibration": {"recommended": {"linf": 9.0}}}))
     with pytest.raises(CheckpointError, match=r"config.json is damaged or another file"):
         load_flow("far")
+
+
+def test_a_slip_in_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no flow 'runs/flo': it is neither"):
+        load_flow("runs/flo")

@@ -359,3 +359,22 @@ def test_what_cannot_be_is_refused_later_too(kind, name, value, message, network
     assert getattr(transform, name) == before
     with pytest.raises(ValueError, match="batches must not change their size"):
         RobustMixup(network, mode="append").p = 0.5
+
+
+def test_a_batch_that_nobody_normalised_is_doubted(network, digits, labels) -> None:
+    """A forgotten Normalize is in the range of what it would have made."""
+    x, y = digits[:8], labels[:8]
+    options = {"eta": 0, "mean": 0.3, "std": 0.4}
+    with pytest.warns(UserWarning, match="lies in .0, 1. as if it were not normalised"):
+        JointSpaceAdv(network, **options)(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        JointSpaceAdv(network, **options)((x - 0.3) / 0.4, y)
+        JointSpaceAdv(network, eta=0, mean=0.0, std=1.0)(x, y)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(123.0, 58.0), ([0.5, -0.1, 0.5], 0.5), (0.5, 2.0)])
+def test_mean_and_std_of_levels_are_told(mean, std) -> None:
+    std = std if isinstance(mean, float) else [std] * 3
+    with pytest.raises(ValueError, match="divide those of 8-bit levels by 255"):
+        JointSpaceAdv(mean=mean, std=std)
