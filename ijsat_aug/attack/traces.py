@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -99,9 +100,10 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module, own, held in before:
             vars(module).update(own)
             for container, content in held:
-                container.clear()
-                add = container.extend if isinstance(container, list) else container.update
-                add(content)
+                if not _holds(container, content):
+                    container.clear()
+                    add = container.extend if isinstance(container, list) else container.update
+                    add(content)
 
 
 @contextmanager
@@ -154,3 +156,13 @@ def _has_changed(buffer: Tensor, value: Tensor | None) -> bool:
 
 def _is_container(value: Any) -> bool:
     return type(value) in (list, dict, set) and len(value) <= _FEW
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Whether it has these very things; of tensors one could not ask whether they are equal."""
+    if isinstance(container, dict):
+        same_keys = list(container) == list(content)
+        return same_keys and _holds(list(container.values()), list(content.values()))
+    if isinstance(container, set):
+        return bool(container == content)
+    return len(container) == len(content) and all(map(operator.is_, container, content))

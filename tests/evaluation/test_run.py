@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,10 +122,11 @@ class Tight(nn.Module):
 
     def __init__(self, net: nn.Module, most: int) -> None:
         super().__init__()
-        self.net, self.most, self.sizes = net, most, []
+        self.net, self.most = net, most
+        self.seen = SimpleNamespace(sizes=[])  # attributes of its own are put back
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
+        self.seen.sizes.append(len(x))
         if len(x) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return self.net(x)
@@ -135,7 +137,7 @@ def test_batches_shrink_until_they_fit(net, digits, labels) -> None:
     expected = evaluate(net, digits, labels, **options)
     tight = Tight(net, 20)
     assert shorter(evaluate(tight, digits, labels, batch_size=200, **options)) == shorter(expected)
-    assert max(tight.sizes[10:]) <= 20  # once too large is enough
+    assert max(tight.seen.sizes[10:]) <= 20  # once too large is enough
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(Tight(net, 0), digits, labels, **options)
 
@@ -164,13 +166,12 @@ class Stopped(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.left: float = float("inf")
-        self.calls = 0
+        self.asked = SimpleNamespace(calls=0, left=float("inf"))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.left -= 1
-        if self.left < 0:
+        self.asked.calls += 1
+        self.asked.left -= 1
+        if self.asked.left < 0:
             raise KeyboardInterrupt
         return self.net(x)
 
@@ -183,16 +184,16 @@ def test_an_interrupted_evaluation_goes_on(net, digits, labels, tmp_path) -> Non
     x, y = digits[:50], labels[:50]
     model = Stopped(net)
     whole = evaluate(model, x, y, **{**options, "folder": None})
-    all_calls, model.calls = model.calls, 0
-    model.left = all_calls - 14  # in the last attack
+    all_calls, model.asked.calls = model.asked.calls, 0
+    model.asked.left = all_calls - 14  # in the last attack
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, x, y, **options)
     kept = sorted(file.name for file in (tmp_path / "state").glob("result-*.json"))
     assert any("gabor" in name for name in kept)
-    model.left, model.calls = float("inf"), 0
+    model.asked.left, model.asked.calls = float("inf"), 0
     again = evaluate(model, x, y, **options)
     assert shorter(again) == shorter(whole)
-    assert model.calls < all_calls - 10
+    assert model.asked.calls < all_calls - 10
     with pytest.raises(ValueError, match=r"results of another data.*--overwrite"):
         evaluate(model, x[:40], y[:40], **options)
     assert kept[0] in [file.name for file in (tmp_path / "state").iterdir()]
