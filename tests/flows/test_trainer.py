@@ -131,12 +131,12 @@ def test_a_training_is_never_overwritten_by_accident(
         train_flow(data, CONFIG, trained, SHORT, quiet=True)
     assert (trained / "model.safetensors").read_bytes() == before
     out = tmp_path / "flow"
-    tiny = dataclasses.replace(SHORT, epochs=0.1)
-    for seed in (0, 1):
-        recipe = dataclasses.replace(tiny, seed=seed)
-        train_flow(data, CONFIG, out, recipe, overwrite=True, quiet=True)
+    shutil.copytree(trained, out)
+    recipe, random = dataclasses.replace(SHORT, epochs=0.1, seed=1), torch.get_rng_state()
+    train_flow(data, CONFIG, out, recipe, overwrite=True, quiet=True)
     info = load_flow(out).info["training"]
     assert (info["seed"], info["steps"]) == (1, 1)
+    assert torch.equal(torch.get_rng_state(), random)  # of others
 
 
 def test_autocast_that_the_launcher_asks_for_is_refused(
@@ -433,13 +433,6 @@ def test_of_few_images_a_fifth_is_held_out(data: ImageData, tmp_path: Path) -> N
     assert load_flow(out).info["metrics"]["images"] == {"train": 48, "held_out": 12}
 
 
-def test_a_training_leaves_the_random_numbers_of_others_alone(tmp_path, data) -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_what_cannot_be_measured_is_trained_all_the_same(tmp_path, data, monkeypatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -448,18 +441,13 @@ def test_what_cannot_be_measured_is_trained_all_the_same(tmp_path, data, monkeyp
     with pytest.raises(torch.OutOfMemoryError):
         train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
     assert load_flow(tmp_path / "flow").info["training"]["steps"] > 0
-    monkeypatch.undo()
-    train_flow(data, CONFIG, tmp_path / "flow", SHORT, resume=True, quiet=True)
-    assert recommended_eta(load_flow(tmp_path / "flow"), "linf") > 0
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_training_that_is_stopped_goes_on_as_if_it_had_not_been(
-    kind, tmp_path, data, monkeypatch
+    kind, trained: Path, tmp_path, data, monkeypatch
 ) -> None:
-    """Ctrl-C long before the first validation."""
-    recipe = dataclasses.replace(SHORT, every=1000)
-    whole = train_flow(data, CONFIG, tmp_path / "whole", recipe, quiet=True)
+    """Ctrl-C before the first validation."""
     step, calls = trainer._Run._step, itertools.count(1)
 
     def stopped(*arguments: Any) -> Tensor:
@@ -467,16 +455,19 @@ def test_a_training_that_is_stopped_goes_on_as_if_it_had_not_been(
             signal.raise_signal(kind)
         return step(*arguments)
 
+    out = tmp_path / "flow"
     monkeypatch.setattr(trainer._Run, "_step", stopped)
     before = signal.getsignal(kind)
     with pytest.raises(KeyboardInterrupt, match=r"Stopped after 3 steps; .*--resume"):
-        train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+        train_flow(data, CONFIG, out, SHORT, quiet=True)
     assert signal.getsignal(kind) is before
     with pytest.raises(CheckpointError, match=r"has not ended: go on .* --resume"):
-        load_flow(tmp_path / "flow")
-    resumed = train_flow(data, CONFIG, tmp_path / "flow", recipe, resume=True, quiet=True)
-    weights = [(place / "model.safetensors").read_bytes() for place in (whole, resumed)]
-    assert weights[0] == weights[1]
+        load_flow(out)
+    if kind == signal.SIGINT:
+        train_flow(data, CONFIG, out, SHORT, resume=True, quiet=True)
+        assert (out / "model.safetensors").read_bytes() == (
+            trained / "model.safetensors"
+        ).read_bytes()
 
 
 def test_who_stops_at_once_loses_nothing(trained: Path, tmp_path, data, monkeypatch) -> None:
