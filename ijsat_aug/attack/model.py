@@ -226,8 +226,8 @@ class ModelHandle:
 
 
 def _are_sharded(modules: Iterable[nn.Module]) -> bool:
-    kinds = {base.__name__ for module in modules for base in type(module).__mro__}
-    return bool(kinds & _SHARDED)
+    kinds = set(map(type, modules))  # few, of many modules
+    return any(base.__name__ in _SHARDED for kind in kinds for base in kind.__mro__)
 
 
 def _is_ours(module: nn.Module) -> bool:

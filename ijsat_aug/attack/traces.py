@@ -53,15 +53,16 @@ def buffers_kept(modules: Iterable[nn.Module], restless: Restless | None = None)
     ]
     try:
         yield
+        now = {module: _buffers(module) for module, _ in asked}
         for module, name, buffer, version in still:
-            if _buffers(module).get(name) is not buffer or version_of(buffer) != version:
+            if now[module].get(name) is not buffer or version_of(buffer) != version:
                 # All from now on: not every kernel counts what it writes.
-                known[module].update(_buffers(module))
+                known[module].update(now[module])
         if restless is not None:
             restless.update({module: set() for module, names in asked if names is None})
             for module, name, buffer, value in before:
                 if name not in restless[module] and (
-                    _buffers(module).get(name) is not buffer or _has_changed(buffer, value)
+                    now[module].get(name) is not buffer or _has_changed(buffer, value)
                 ):
                     restless[module].add(name)
     finally:
@@ -79,9 +80,7 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     What is in a list, a dict or a set of the user's too; attributes that are new stay.
 
     Example:
-        >>> class Net(torch.nn.Module):
-        ...     size, cache = 8, {}
-        >>> net = Net()
+        >>> net = torch.nn.Flatten()
         >>> net.size, net.cache = 8, {}
         >>> with attributes_kept([net]):
         ...     net.size, net.cache["bias"] = 16, torch.ones(2)

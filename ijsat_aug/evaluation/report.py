@@ -213,10 +213,11 @@ class Report:
             ...     Report.load(Path(place, "a.json")).accuracy("clean")
             0.75
         """
-        if Path(path).expanduser().is_dir():
+        file = Path(path).expanduser()
+        if file.is_dir():
             raise ValueError(f"{path} is a folder: give the file that to_json (--json) wrote.")
         try:
-            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"{path} has format {values['format']}; this version reads 1.")
             results = {name: read_result(value) for name, value in values["results"].items()}

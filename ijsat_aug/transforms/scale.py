@@ -83,7 +83,7 @@ class Scale:
             )
         tolerance = _TOLERANCE + torch.finfo(images.dtype).eps
         if low >= -tolerance and high <= 1 + tolerance:
-            self._doubt(images)
+            self._doubt(images, low)
             return
         if self.mean is None:
             raise ValueError(
@@ -96,9 +96,11 @@ class Scale:
             "is erased after the normalisation, erase with a constant, not with noise."
         )
 
-    def _doubt(self, images: Tensor) -> None:
+    def _doubt(self, images: Tensor, darkest: float) -> None:
         """A word where a batch looks as if nobody had normalised it."""
         if self.mean is None or min(self.mean) == 0:
+            return
+        if darkest < min(self.mean) - _TOLERANCE:  # of normalised images as a rule
             return
         low, high = (float(v) for v in images.detach().aminmax())
         if low >= 0 and high <= 1:
