@@ -1,6 +1,6 @@
 """In the middle of a kornia sequence, with images and labels together.
 
-Run:  python examples/compose_kornia.py             (half a minute)
+Run:  python examples/compose_kornia.py             (ten seconds)
 
 It shows one container with kornia's augmentations and ours, the replay of its parameters, and a
 flow of 32-pixel images on 64-pixel ones: their low band moves along its manifold. The pictures are
@@ -30,7 +30,7 @@ def main() -> None:
     x, y = pieces()
     net = network(x, y)
     x, y = x[:16], y[:16]
-    flow = Pyramid(load_flow("cifar10"), (SIZE, SIZE))
+    flow = Pyramid(load_flow("cifar10-fast"), (SIZE, SIZE))
     latent = JointSpaceAdv(net, flow, eps=0, steps=3)
     steps = {
         "flip": K.RandomHorizontalFlip(p=0.5),

@@ -30,7 +30,7 @@ def pieces() -> tuple[Tensor, Tensor]:
 
 def network(x: Tensor, y: Tensor) -> nn.Module:
     """A small network that tells the photographs apart."""
-    return probe_network(x, y, steps=60)
+    return probe_network(x, y, steps=30)
 
 
 def grid(rows: dict[str, tuple[Tensor, Tensor]], path: Path, count: int = 7) -> None:

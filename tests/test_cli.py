@@ -58,6 +58,7 @@ def test_stopping_the_demo_leaves_nothing_behind(tmp_path: Path, monkeypatch) ->
         seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("ijsat_aug.demo._train", lambda *_: None)
     monkeypatch.setattr("ijsat_aug.demo._table", interrupted)
     torch.set_num_threads(threads + 1)
     result = run("demo", "--out", tmp_path / "demo", "--epochs", 1)

@@ -160,11 +160,9 @@ def test_the_compose_examples_draw(library, tmp_path, monkeypatch, capsys) -> No
 
 
 @pytest.mark.slow
-def test_the_example_trains_a_flow(tmp_path: Path) -> None:
+def test_the_example_trains_a_flow(tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("accelerate")
-    done = run_python(
-        ROOT / "examples" / "train_a_flow.py", "--minutes", "0.05", "--out", tmp_path / "flow",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert "FrozenGlow(1x8x8" in done.stdout
+    script, out = ROOT / "examples" / "train_a_flow.py", tmp_path / "flow"
+    run_here(script, monkeypatch, "--minutes", "0.05", "--out", out)
+    assert "FrozenGlow(1x8x8" in capsys.readouterr().out
     assert (tmp_path / "flow" / "samples.png").is_file()

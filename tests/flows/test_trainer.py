@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from ijsat_aug import load_flow
+from ijsat_aug.cli import app
 from ijsat_aug.flows import publish, trainer
 from ijsat_aug.flows.calibration import recommended_eta
 from ijsat_aug.flows.checkpoint import load_state
 from ijsat_aug.flows.data import ImageData, load_images
 from ijsat_aug.flows.glow import GlowConfig, build_glow
+from ijsat_aug.flows.probe import probe_network
 from ijsat_aug.flows.publish import evaluate
 from ijsat_aug.flows.recipe import Recipe
 from ijsat_aug.flows.registry import CheckpointError
@@ -36,6 +41,14 @@ pytest.importorskip("accelerate")
 
 CONFIG = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=16, bins=17, logit=0.05)
 SHORT = Recipe(epochs=2, batch_size=128, lr=4e-3, warmup=5, every=10, held_out=0.1, ema=0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_network() -> Iterator[None]:
+    """The network of the calibration learns for a moment: test_calibration.py is about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "probe_network", partial(probe_network, steps=30))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +250,10 @@ def test_a_killed_training_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     """SIGKILL in the middle, from the command line, as a user's machine would do it."""
     out = tmp_path / "flow"
     command = [
-        sys.executable, "-m", "ijsat_aug", "train-flow", "digits", str(out), "--levels", "2",
-        "--steps", "2", "--hidden", "16", "--every", "5", "--quiet",
+        "train-flow", "digits", str(out), "--levels", "2", "--steps", "2", "--hidden", "16",
+        "--every", "5", "--quiet",
     ]  # fmt: skip
-    process = subprocess.Popen([*command, "--minutes", "5"])
+    process = subprocess.Popen([sys.executable, "-m", "ijsat_aug", *command, "--minutes", "5"])
     state = out / "training" / "state.safetensors"
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
@@ -249,10 +262,8 @@ def test_a_killed_training_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     process.wait()
     assert state.exists()
     assert not (out / "config.json").exists()
-    done = subprocess.run(
-        [*command, "--minutes", "0.02", "--resume"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*command, "--minutes", "0.02", "--resume"])
+    assert done.exit_code == 0, done.output
     assert load_flow(out).info["training"]["steps"] >= 5
 
 

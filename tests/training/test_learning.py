@@ -27,7 +27,7 @@ def attacked(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return JointSpaceAdv(net, eta=0, eps=EPS, steps=20, best=True, generator=0)(x, y)[0]
 
 
-def trained(augment, epochs: int = 10) -> nn.Module:
+def trained(augment, epochs: int = 7) -> nn.Module:
     data = load_images("digits")
     torch.manual_seed(0)
     net = small_network()
