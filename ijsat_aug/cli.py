@@ -312,6 +312,7 @@ def train_flow(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a flow on your images. Runs alone, or under `accelerate launch` and `torchrun`."""
+    from .flows.checkpoint import TRAINING, WEIGHTS
     from .flows.data import load_images
     from .flows.glow import GlowConfig
     from .flows.recipe import Recipe
@@ -333,7 +334,7 @@ def train_flow(
             patch=patch, bins=images.bins, logit=logit,
             num_classes=_classes(images.labels) if class_conditional else None,
         )  # fmt: skip
-        if resume and not (out.exists() and any(out.iterdir())):
+        if resume and not any((out / file).exists() for file in (TRAINING, WEIGHTS)):
             typer.secho(f"Nothing to go on with in {out}: a new training.", fg="yellow", err=True)
         train(
             images, config, out, recipe, test=test_images, resume=resume, overwrite=overwrite,

@@ -152,6 +152,8 @@ def test_train_flow_on_a_folder_of_images(tmp_path: Path) -> None:
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(name)
     out = tmp_path / "flow"
+    out.mkdir()
+    (out / "notes.txt").write_text("of the user")
     result = run(
         "train-flow", tmp_path / "images", out, "--size", 8, "--epochs", 2, "--levels", 2,
         "--steps", 2, "--hidden", 8, "--batch-size", 8, "--class-conditional", "--flip",

@@ -278,11 +278,9 @@ def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
             "save_flow or ijsat-aug train-flow wrote."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); fetch the checkpoint again."
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({error}); {_again(folder)}.") from error
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
-        raise CheckpointError(f"{path} is not the config of a flow; fetch the checkpoint again.")
+        raise CheckpointError(f"{path} is not the config of a flow; {_again(folder)}.")
     if card["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {card['format']}, this ijsat-aug reads up to {FORMAT}; upgrade "
@@ -291,7 +289,7 @@ def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
     weights = card.get("weights")
     found = weights.get("sha256") if isinstance(weights, dict) else None
     if card.get("kind") != "glow" or not card.keys() >= _KEYS or not isinstance(found, str):
-        raise CheckpointError(f"{path} describes no Glow; fetch the checkpoint again.")
+        raise CheckpointError(f"{path} describes no Glow; {_again(folder)}.")
     return card
 
 
@@ -302,12 +300,12 @@ def _check_architecture(folder: Path, config: GlowConfig, weights: bytes) -> Non
         stored = GlowConfig.from_dict(json.loads(header["__metadata__"]["architecture"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is no safetensors file of ours; fetch the checkpoint again."
+            f"{folder / WEIGHTS} is no safetensors file of ours; {_again(folder)}."
         ) from error
     if stored != config:
         raise CheckpointError(
             f"{folder / CONFIG} and {WEIGHTS} describe different networks; one of them was "
-            "changed or swapped, fetch the checkpoint again."
+            f"changed or swapped; {_again(folder)}."
         )
 
 
@@ -319,7 +317,7 @@ def _tensors(folder: Path, weights: bytes) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load(weights)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is damaged ({error}); fetch the checkpoint again."
+            f"{folder / WEIGHTS} is damaged ({error}); {_again(folder)}."
         ) from error
     return tensors
 
