@@ -86,7 +86,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and not name.startswith(error.name):
+        if error.name is not None and not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"there is no module {name!r} to import a model from.") from error
 

@@ -57,19 +57,18 @@ def run(
     if size is None and manifold is not None:
         size = manifold.shape[1]
     data = load_images(source, size=size)
-    pixels = data.pixels
     if model is None:
         if weights is not None:
             raise ValueError("weights belong to a model: say which, with --model.")
         if mean is not None or std is not None:
             raise ValueError("mean and std belong to a model: say which, with --model.")
         data = replace(data, labels=several(data.labels))
-        network = probe_network(pixels, data.labels)
+        network = probe_network(data.pixels, data.labels)
     else:
         network = load_model(model, weights)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     index = order[:rows].sort().values
-    x = pixels[index]
+    x = data.take(index).pixels
     labels = _labels(data, network, Scale.of(mean, std).to_model(x[:1]))
     labels = None if labels is None else labels[index]
     columns = gallery(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
+from typing import Any
 
-__all__ = ["check_count", "number"]
+__all__ = ["check_count", "is_between", "number"]
 
 
 def number(text: str, kind: str = "number") -> float:
@@ -36,3 +38,13 @@ def check_count(name: str, value: int, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def is_between(value: Any, least: float, most: float = math.inf) -> bool:
+    """Whether it is a number, a finite one, of this range.
+
+    Example:
+        >>> is_between(0.5, 0, 1), is_between("0.5", 0, 1), is_between(math.inf, 0)
+        (True, False, False)
+    """
+    return isinstance(value, Real) and math.isfinite(value) and least <= float(value) <= most

@@ -147,6 +147,13 @@ def test_the_users_mistakes(file, tmp_path) -> None:
             load_model(source, weights)
 
 
+def test_what_a_module_misses_is_told_by_its_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "zoo_of_mine.py").write_text("import zoo\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'zoo'"):
+        load_model("zoo_of_mine:make")
+
+
 def test_nothing_is_unpickled(file, tmp_path) -> None:
     class Evil:
         def __reduce__(self):

@@ -267,7 +267,8 @@ def finish(
 ) -> Ascent:
     """The outcome, without graph; no doubt is where the loss of the image itself tells enough."""
     sound = last if doubt is None else doubt + first + last
-    finite = image.isfinite().flatten(1).all(1) & sound.isfinite()
+    # Of pixels in [0, 1] the sum tells, in a tenth of the time.
+    finite = image.sum(tuple(range(1, image.ndim))).isfinite() & sound.isfinite()
     values = {name: value.detach() for name, value in values.items()}
     return Ascent(image.detach(), values, first.detach(), last.detach(), finite)
 

@@ -166,11 +166,11 @@ class ModelHandle:
         """
         modules = [m for m in self.modules if hasattr(m, "training")]  # a jit.freeze has none
         modes = [module.training for module in modules]
-        split = [(m, m.route) for m in modules if hasattr(m, "route") and hasattr(m, "auxiliary")]
+        split = [(m, m.route) for m in modules if "auxiliary" in m._modules and hasattr(m, "route")]
         if self.route == "auxiliary":
             _check_still_split(modules)
-        found = [p for m in modules for p in m.parameters(recurse=False)]
-        trainable = [p for p in found if p.requires_grad and p.is_leaf]
+        found = [p for m in modules for p in m._parameters.values()]
+        trainable = [p for p in found if p is not None and p.requires_grad and p.is_leaf]
         with ExitStack() as stack:
             stack.enter_context(no_cached_weights())
             if not _are_sharded(modules):  # FSDP keeps in attributes where it is in a pass
@@ -193,7 +193,7 @@ class ModelHandle:
                     # cuDNN goes no way back through a recurrent layer in eval mode; without
                     # dropout the two modes are one.
                     same = isinstance(module, nn.RNNBase) and not module.dropout
-                    module.training = self.mode == "train" or same
+                    _set_mode(module, self.mode == "train" or same)
                 for part, _ in split:
                     part.route = self.route  # type: ignore[assignment]
                 # Also keeps frozen weights out of autocast's cache, where torch < 2.10 would leave
@@ -205,7 +205,7 @@ class ModelHandle:
                 for part, route in split:
                     part.route = route
                 for module, training in zip(modules, modes, strict=True):
-                    module.training = training
+                    _set_mode(module, training)
                 for parameter in trainable:
                     parameter.requires_grad_()
 
@@ -244,6 +244,14 @@ def _check_still_split(modules: Iterable[nn.Module]) -> None:
                 "statistic for both halves: call SyncBatchNorm.convert_sync_batchnorm first, "
                 "convert_split_batchnorm after it."
             )
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Past nn.Module's own setting of attributes, which takes milliseconds for many modules."""
+    if "training" in vars(module):
+        vars(module)["training"] = training
+    else:  # of TorchScript
+        module.training = training
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -313,6 +321,9 @@ def in_full(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _parts(model: Any) -> Iterable[nn.Module]:
+def _parts(model: Any) -> Iterator[nn.Module]:
     """Every module of the model itself, once; torch.compile's wrapper keeps no state of its own."""
-    return {part: None for root in roots(model) for part in root.modules()}
+    seen: set[nn.Module] = set()
+    for root in roots(model):
+        for _, part in root.named_modules(seen):
+            yield part

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..attack.model import Model
-from ..flows.manifold import Manifold
+from ..flows.manifold import Manifold, on_device
 from ..flows.pyramid import Pyramid, Tiles
 from ..models import first_logits
 from ..transforms.checks import check_images
@@ -92,9 +92,12 @@ def evaluate(
         True
     """
     check_count("seed", seed, 0)
+    seed = int(seed)  # one of NumPy's is no JSON
     x, y = checked(images, labels)
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
+    behind = None if flow is None else fingerprint(_weights(flow))
+    flow = None if flow is None else on_device(flow, victim.device)
     chosen = select_threats(threats, flow, x.shape[1:])
     corrupted = _corruptions(corruptions)
     if corrupted and x.shape[1] not in (1, 3):
@@ -105,7 +108,7 @@ def evaluate(
     settings = {
         "name": name, "model": victim.fingerprint(), "data": fingerprint(x, y),
         "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
-        "flow": None if flow is None else fingerprint(_weights(flow)), "version": __version__,
+        "flow": behind, "version": __version__,
     }  # fmt: skip
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
@@ -157,8 +160,7 @@ class Batches:
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {size}.")
+        check_count("batch_size", size, 1)
         self.size = size
 
     def run(self, count: int, work: Callable[[int, int], None]) -> None:
@@ -283,13 +285,14 @@ class Work:
             with self.victim.frozen():
                 images, parts = make(begin, end)
                 predictions = self.victim.predict(images.to(self.victim.device)).cpu()
-            images = images.cpu()
-            for row, place in enumerate(places[begin:end]):
-                correct[place] = "1" if predictions[row] == self.y[place] else "0"
-                if place in wanted:
-                    pictures[place], seen[place] = images[row], int(predictions[row])
-            for name, right in parts.items():
-                notes[name] = notes.get(name, 0) + int(right.sum())
+            here = list(places[begin:end])
+            for row, right in enumerate((predictions == self.y[here]).tolist()):
+                correct[here[row]] = "1" if right else "0"
+                if here[row] in wanted:
+                    pictures[here[row]] = images[row].to("cpu", copy=True)  # not the whole batch
+                    seen[here[row]] = int(predictions[row])
+            for name, withstood in parts.items():
+                notes[name] = notes.get(name, 0) + int(withstood.sum())
             self.display.advance(end - begin)
 
         self.display.start(entry, len(places))
@@ -331,8 +334,7 @@ def _source(
 
         return make, {}
     files = CorruptionFiles(folder)
-    for name in names:
-        files.ensure(name, pixels, y, seed=seed, device=device)
+    files.write(pixels, y, names, seed=seed, device=device)
 
     def read(name: str, severity: int, begin: int, end: int) -> Tensor:
         images, truth = files.read(name, severity, begin, end)

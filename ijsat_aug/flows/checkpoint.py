@@ -236,8 +236,8 @@ def _read(folder: Path, known: Mapping[str, str]) -> tuple[dict[str, Any], GlowC
         raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    _check_sum(path, weights, card["weights"]["sha256"], CONFIG)
-    _check_sum(path, weights, known.get(WEIGHTS), "the registry")
+    asked = {CONFIG: card["weights"]["sha256"], "the registry": known.get(WEIGHTS)}
+    _check_sum(path, weights, asked)
     try:
         config = GlowConfig.from_dict(card["architecture"])
     except (ValueError, TypeError) as error:
@@ -246,13 +246,15 @@ def _read(folder: Path, known: Mapping[str, str]) -> tuple[dict[str, Any], GlowC
     return card, config, weights
 
 
-def _check_sum(path: Path, data: bytes, wanted: str | None, source: str) -> None:
+def _check_sum(path: Path, data: bytes, asked: Mapping[str, str | None]) -> None:
+    """Whether a file is the one that each of these sources asks for, if it asks for one."""
     actual = hashlib.sha256(data).hexdigest()
-    if wanted is not None and actual != wanted.lower():
-        raise CheckpointError(
-            f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
-            f"asked for {wanted[:12]}…; {_again(path.parent)}."
-        )
+    for source, wanted in asked.items():
+        if wanted is not None and actual != wanted.lower():
+            raise CheckpointError(
+                f"{path} is damaged or another file: its sha256 is {actual[:12]}…, {source} "
+                f"asked for {wanted[:12]}…; {_again(path.parent)}."
+            )
 
 
 def _again(folder: Path) -> str:
@@ -266,7 +268,7 @@ def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         data = path.read_bytes()
-        _check_sum(path, data, sha256, "the registry")
+        _check_sum(path, data, {"the registry": sha256})
         card = json.loads(data)
     except FileNotFoundError:
         if (folder / TRAINING).is_file():

@@ -24,7 +24,7 @@ def probe_network(
     generator = torch.Generator(images.device).manual_seed(seed)
     classes = 4 if labels is None else int(labels.max()) + 1
     with torch.enable_grad(), torch.inference_mode(False):
-        images = images.clone()  # an inference tensor could not be trained on
+        labels = None if labels is None else labels.to(images.device)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             network = _small_cnn(images.shape[1], classes)
@@ -35,7 +35,7 @@ def probe_network(
                 len(images), (min(64, len(images)),), generator=generator, device=images.device
             )
             x = images[index]
-            y = None if labels is None else labels.to(images.device)[index]
+            y = None if labels is None else labels[index]
             if y is None:
                 y = torch.randint(4, (len(x),), generator=generator, device=x.device)
                 x = _mirror(x, y)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal
 
-from ..words import check_count
+from ..words import check_count, is_between
 
 __all__ = ["Recipe"]
 
@@ -61,19 +62,24 @@ class Recipe:
             raise ValueError("say how long to train: epochs=..., minutes=..., or both.")
         for name in ("epochs", "minutes", "lr", "clip"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, Real) and float(value) > 0):
                 raise ValueError(f"{name} must be greater than 0, got {value!r}.")
-        if not self.weight_decay >= 0:
+        if not is_between(self.weight_decay, 0):
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
         for name in ("seed", "warmup"):
             check_count(name, getattr(self, name), 0)
         for name in ("batch_size", "every", "init_images"):
             check_count(name, getattr(self, name), 1)
+        for field in fields(self):  # numbers of NumPy are no JSON
+            value = getattr(self, field.name)
+            if isinstance(value, Real) and not isinstance(value, (int, float)):
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, field.name, plain)
         if self.optimizer not in ("adamax", "adamw"):
             raise ValueError(f'optimizer must be "adamax" or "adamw", got {self.optimizer!r}.')
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f'precision must be "fp32" or "bf16", got {self.precision!r}.')
-        if not 0 < self.held_out < 1:
+        if not (is_between(self.held_out, 0, 1) and 0 < self.held_out < 1):
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out!r}.")
-        if not 0 <= self.ema < 1:
+        if not is_between(self.ema, 0, 1) or self.ema == 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}.")

@@ -288,12 +288,12 @@ class _Run:
         return _generator(self.device, self.recipe.seed, self.progress.step, rank)
 
     def _clock(self, started: float) -> None:
-        seconds = torch.tensor(time.monotonic() - started, device=self.device)
+        seconds = time.monotonic() - started
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
-            seconds = broadcast(seconds)
-        self.progress.seconds = float(seconds)
+            seconds = float(broadcast(torch.tensor(seconds, device=self.device)))
+        self.progress.seconds = seconds
 
     def _done(self) -> float:
         """Share of the budget that is used up."""

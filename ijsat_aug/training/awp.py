@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attack.balls import unit
 from ..attack.traces import buffers_kept, no_cached_weights
+from ..words import is_between
 
 __all__ = ["AdversarialWeightPerturbation"]
 
@@ -37,7 +38,7 @@ class AdversarialWeightPerturbation:
     """
 
     def __init__(self, model: nn.Module, gamma: float = 0.01) -> None:
-        if not gamma >= 0:
+        if not is_between(gamma, 0):
             raise ValueError(f"gamma must be a number >= 0, got {gamma!r}.")
         self.model = model
         self.gamma = gamma

@@ -151,7 +151,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 def _check_captured(transform: Any) -> None:
     """Refuse what draws or decides on the host, and what moves unseen."""
-    for part in transforms_in(transform) if isinstance(transform, nn.Module) else [transform]:
+    for part in transforms_in(transform) if isinstance(transform, BatchTransform) else [transform]:
         if type(part) not in (JointSpaceAdv, RobustMixup):
             raise TypeError(
                 f"only JointSpaceAdv and RobustMixup can be captured, not {type(part).__name__}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
 from typing import Any, Generic, TypeVar
 
@@ -269,7 +270,7 @@ def _mover(device: torch.device | None) -> Callable[[Any], Any]:
         return lambda batch: batch
     if device.type != "cuda":
         return lambda batch: _moved(batch, lambda tensor: tensor.to(device), device)
-    copies = torch.cuda.Stream(device)
+    copies = _copies(torch.empty(0, device=device).device)  # "cuda" is the card of the moment
 
     def copy_beside(tensor: Tensor) -> Tensor:
         if tensor.is_cuda:
@@ -286,6 +287,12 @@ def _mover(device: torch.device | None) -> Callable[[Any], Any]:
         return batch
 
     return move
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that copies to a device: memory that is freed stays with its stream."""
+    return torch.cuda.Stream(device)
 
 
 def _moved(batch: Any, to_device: Callable[[Tensor], Tensor], device: torch.device) -> Any:

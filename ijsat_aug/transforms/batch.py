@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.model import Mode, Model, ModelHandle
+from ..words import is_between
 from .checks import check_images, check_place
 from .randomness import Randomness
 from .scale import Scale
@@ -127,9 +128,9 @@ class BatchTransform(nn.Module):
 
     def _check_setting(self, name: str, value: Any) -> None:
         """Refuse what a setting cannot be, at first and later."""
-        if name == "p" and not 0 <= value <= 1:
+        if name == "p" and not is_between(value, 0, 1):
             raise ValueError(f"p is a probability, got {value!r}.")
-        if name == "fraction" and not 0 <= value <= 1:
+        if name == "fraction" and not is_between(value, 0, 1):
             raise ValueError(f"fraction is a share of the samples, got {value!r}.")
         if name == "p" and value < 1 and self.mode == "append":
             raise ValueError('mode="append" needs p=1: batches must not change their size.')

@@ -74,13 +74,8 @@ class LatentBlend:
 
     def take(self, index: Tensor) -> LatentBlend:
         """The same for some samples."""
-        return replace(
-            self,
-            own=self.own[index],
-            partner=self.partner[index],
-            lost_own=self.lost_own[index],
-            lost_partner=self.lost_partner[index],
-        )
+        names = ("own", "partner", "lost_own", "lost_partner")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
 Blend = PixelBlend | LatentBlend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,17 +29,9 @@ from .labels import check_logits
 from .scale import Scale
 from .threat import Threat
 
-__all__ = ["Outcome", "climb", "climb_along", "usable"]
+__all__ = ["climb", "climb_along", "usable"]
 
 Model = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """The new batch, and what an observer may want to know of it."""
-
-    images: Tensor
-    facts: dict[str, Tensor]
 
 
 def climb(
@@ -55,15 +46,18 @@ def climb(
     latent_start: Tensor | None = None,
     seed: int | None = None,
     careful: bool = True,
-) -> Outcome:
-    """Attack a batch; ``careful`` checks values too, which costs a host sync on a GPU."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attack a batch: its new images, and what an observer may want to know of them.
+
+    ``careful`` checks values too, which costs a host sync on a GPU.
+    """
     starts = (pixel_start if threat.moves_pixels else None,
               latent_start if threat.moves_latent else None)  # fmt: skip
     if starts[1] is not None and threat.method == "linear":
         raise ValueError('method="linear" starts at the clean latent; leave latent_start out.')
     idle = threat.steps == 0 and all(start is None for start in starts)
     if idle or not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
-        return Outcome(images.detach(), {})
+        return images.detach(), {}
     if threat.tau is not None:
         handle.check_alone("tau=None")
     with handle.frozen(images.device, seed):
@@ -78,7 +72,7 @@ def climb(
         landscape = Landscape(picture, model, threat.losses, goal, threat.targeted)
         found = _search(landscape, variables, threat)
         facts = _losses(found, threat) | _moves(found, variables)
-        return Outcome(_moved(images, pixels, found, scale), facts)
+        return _moved(images, pixels, found, scale), facts
 
 
 def climb_along(
@@ -89,7 +83,7 @@ def climb_along(
     scale: Scale,
     *,
     pixel_start: Tensor | None = None,
-) -> Outcome:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a batch one step along a gradient of the loss that somebody else found; no model.
 
     Args:
@@ -102,14 +96,14 @@ def climb_along(
         pixel_start: Where the pixel perturbation starts.
     """
     if not (threat.moves_pixels or threat.moves_latent) or len(images) == 0:
-        return Outcome(images.detach(), {})
+        return images.detach(), {}
     with torch.inference_mode(False), torch.enable_grad():
         images = usable(images)
         pixels = scale.to_pixels(images).clamp(0, 1)
         slope = scale.to_pixel_gradient(usable(gradient).to(pixels.dtype))
         picture, variables = _space(pixels, flow, threat, pixel_start, None)
         found = ascend(Landscape(picture, _itself, _along, slope), variables)
-        return Outcome(_moved(images, pixels, found, scale), _moves(found, variables))
+        return _moved(images, pixels, found, scale), _moves(found, variables)
 
 
 def _itself(image: Tensor) -> Tensor:

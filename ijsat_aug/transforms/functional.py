@@ -138,7 +138,7 @@ def joint_space_adv(
     return climb(
         images, labels, handle, flow, threat, scale,
         pixel_start=pixel_start, latent_start=latent_start, seed=seed, careful=check_values,
-    ).images  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def robust_mixup(
@@ -226,9 +226,6 @@ def robust_mixup(
         lam_steps=lam_steps, rho=rho, lam_step_size=lam_step_size, lam_objective=lam_objective,
         order=order, space=space, label=label,
     )  # fmt: skip
-    shared: dict[str, Any] = {
-        "model_mode": model_mode, "amp_dtype": amp_dtype, "memory_format": memory_format,
-    }  # fmt: skip
     handle = ModelHandle(model, mode=model_mode, amp_dtype=amp_dtype, memory_format=memory_format)
     scale = Scale.of(mean, std)
     check_place()
@@ -257,7 +254,8 @@ def robust_mixup(
         ours = partial(
             joint_space_adv, model=model, eps=eps, norm=norm, steps=steps, step_size=step_size,
             objective=objective, pixel_start=pixel_start, mean=mean, std=std, seed=seed,
-            check_values=False, **shared,
+            check_values=False, model_mode=model_mode, amp_dtype=amp_dtype,
+            memory_format=memory_format,
         )  # fmt: skip
         move = images_of(ours)
     elif attack is not None:

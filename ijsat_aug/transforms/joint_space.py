@@ -290,14 +290,13 @@ class JointSpaceAdv(BatchTransform):
             flow = flow.of_labels(self._classes(images, labels))
         target = self._labels(images, labels)
         starts = {k: v for k, v in params.items() if k != "other"}
-        outcome = climb(
+        new, self.last = climb(
             images, _other(target, params["other"]) if "other" in params else target,
             self.handle, flow, self.threat, self.scale,
             careful=self.careful(images) or images.device not in self._asked, **starts,
         )  # fmt: skip
         self._asked.add(images.device)
-        self.last = outcome.facts
-        return outcome.images, labels
+        return new, labels
 
     def _callables(self) -> list[Any]:
         return [*super()._callables(), self.threat.objective]
@@ -353,8 +352,7 @@ class JointSpaceAdv(BatchTransform):
         start = None
         if self.random_start and step.moves_pixels:
             start = step.eps * self._ball(step.norm, tuple(images.shape), images.device)
-        outcome = climb_along(images, gradient, flow, step, self.scale, pixel_start=start)
-        return outcome.images, outcome.facts
+        return climb_along(images, gradient, flow, step, self.scale, pixel_start=start)
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults."""
@@ -446,6 +444,4 @@ def _radius(eta: float | None, flow: Manifold | None, norm: Norm) -> float:
         return 0.0  # Threat tells what is wrong
     if eta is not None:
         return eta
-    if flow is None:
-        raise ValueError("a latent move needs a flow: pass one, or eta=0 for pixels alone.")
-    return recommended_eta(flow, norm)
+    return recommended_eta(check_manifold(flow), norm)

@@ -103,8 +103,9 @@ def soft_labels(
     """
     if labels is None:
         raise ValueError(
-            "mixup needs labels: call it with (images, labels), or tell labels_getter= where they "
-            "are in the batch."
+            "mixup needs labels: call it with (images, labels), or tell labels_getter= where "
+            "they are in the batch; inside kornia, ijsat_aug.integrations.kornia."
+            'AugmentationSequential hands them over, with "class" among its data_keys.'
         )
     rows, others = ("classes", _WEIGHED) if weighed else (rows, _OTHERS)
     target = as_target(labels, count, values=values, rows=rows, others=others)

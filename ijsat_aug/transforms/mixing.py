@@ -14,7 +14,7 @@ from ..attack.balls import LinfBall
 from ..attack.model import ModelHandle
 from ..attack.objectives import Objective, cross_entropy
 from ..flows.manifold import Manifold
-from ..words import check_count
+from ..words import check_count, is_between
 from .blend import Blend, Space, blend, geometric_weight
 from .climb import usable
 from .labels import check_logits
@@ -57,9 +57,9 @@ class Mix:
     def __post_init__(self) -> None:
         check_choices(self, _CHOICES)
         check_count("lam_steps", self.lam_steps, 0)
-        if not 0 <= self.rho <= 1:
+        if not is_between(self.rho, 0, 1):
             raise ValueError(f"rho is a distance of weights, from 0 to 1, got {self.rho!r}.")
-        if self.lam_step_size is not None and not self.lam_step_size >= 0:
+        if not (self.lam_step_size is None or is_between(self.lam_step_size, 0)):
             raise ValueError(f"lam_step_size must be a number >= 0, got {self.lam_step_size!r}.")
         if self.label == "geometric" and self.space != "pixel":
             raise ValueError('label="geometric" needs the straight line of space="pixel".')

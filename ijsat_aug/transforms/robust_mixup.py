@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from os import PathLike
@@ -18,7 +17,7 @@ from ..attack.behind import Shared
 from ..attack.model import Mode, Model
 from ..attack.objectives import Objective
 from ..flows.manifold import Manifold, on_device
-from ..words import check_count
+from ..words import check_count, is_between
 from .batch import BatchTransform, of_some
 from .blend import Space
 from .checks import (
@@ -221,7 +220,7 @@ class RobustMixup(BatchTransform):
 
     def _check_setting(self, name: str, value: Any) -> None:
         super()._check_setting(name, value)
-        if name == "alpha" and not (math.isfinite(value) and value > 0):
+        if name == "alpha" and not (is_between(value, 0) and value > 0):
             raise ValueError(f"alpha must be a number > 0, got {value!r}; p=0 mixes nothing.")
         if name == "draws" or (name == "num_classes" and value is not None):
             check_count(name, value, 1 if name == "draws" else 2)
@@ -234,8 +233,7 @@ class RobustMixup(BatchTransform):
     @property
     def needs_model(self) -> bool:
         """Whether there is anything to ask of a model."""
-        own = isinstance(self.attack, BatchTransform) and self.attack.model is None
-        return own or self._weighs
+        return self._weighs or (self.climb is not None and self.climb.model is None)
 
     @property
     def _weighs(self) -> bool:
@@ -245,8 +243,8 @@ class RobustMixup(BatchTransform):
     def bind(self, model: Model) -> RobustMixup:
         """Set the model, also of an attack that has none or shares this one's."""
         old = self.model
-        if isinstance(self.attack, BatchTransform) and self.attack.model in (None, old):
-            self.attack.bind(model)
+        if self.climb is not None and self.climb.model in (None, old):
+            self.climb.bind(model)
         return super().bind(model)
 
     def parts_of(self, batch: tuple[Any, ...]) -> Parts:
@@ -256,20 +254,15 @@ class RobustMixup(BatchTransform):
 
     def check(self, images: Tensor, labels: Any) -> None:
         """Refuse a bad batch before anything runs."""
-        super().check(images, labels)
+        if self.climb is None:
+            super().check(images, labels)
+        else:  # it has the same scale, and looks at a batch as this does
+            self.climb.check(images, labels)
         if self.mix.space != "pixel":
             check_flow(self._flow[0], images)
-        if isinstance(self.attack, BatchTransform):
-            self.attack.check(images, labels)
 
     def as_labels(self, images: Tensor, labels: Any) -> Tensor:
         """Labels as rows."""
-        if labels is None:
-            raise ValueError(
-                "mixup needs labels: call it with (images, labels), or tell labels_getter= where "
-                "they are in the batch; inside kornia, ijsat_aug.integrations.kornia."
-                'AugmentationSequential hands them over, with "class" among its data_keys.'
-            )
         attack = self.climb
         rows: Rows = attack.threat.rows if isinstance(attack, JointSpaceAdv) else "any"
         return soft_labels(
@@ -323,8 +316,8 @@ class RobustMixup(BatchTransform):
             (torch.Size([4]), True)
         """
         params = self._mixing(images, labels)
-        if isinstance(self.attack, BatchTransform) and self.attack.training:
-            params["attack"] = self.attack.draw(images, labels)
+        if self.climb is not None and self.climb.training:
+            params["attack"] = self.climb.draw(images, labels)
         return params
 
     def _mixing(self, images: Tensor, labels: Any) -> dict[str, Any]:
@@ -348,7 +341,7 @@ class RobustMixup(BatchTransform):
             attack=self._call(params), handle=self.handle, flow=self._flow[0],
             scale=self.scale, seed=params.get("seed"),
         )  # fmt: skip
-        seen = self.attack.last if isinstance(self.attack, BatchTransform) else {}
+        seen = {} if self.climb is None else self.climb.last
         self.last = {**seen, **facts}
         if "fallback" in seen and "fallback" in facts:
             self.last["fallback"] = seen["fallback"] | facts["fallback"]
@@ -381,11 +374,12 @@ class RobustMixup(BatchTransform):
 
     def _call(self, params: dict[str, Any]) -> Attack | None:
         """The attack with what it drew; nothing where it is told to rest."""
-        attack, drawn = self.attack, params.get("attack")
-        if isinstance(attack, BatchTransform):
+        climb, drawn = self.climb, params.get("attack")
+        if climb is not None:
             if drawn is None:
                 return None
-            return lambda images, targets: attack.replay(images, targets, drawn)[0]
+            return lambda images, targets: climb.replay(images, targets, drawn)[0]
+        attack = self._other_attack.thing
         if attack is None or "attack" in params:
             return None
         return guarded(attack, self.handle, params.get("seed"))

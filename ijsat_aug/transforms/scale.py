@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -158,6 +158,9 @@ def _wide(values: tuple[float, ...], like: tuple[float, ...]) -> tuple[float, ..
 
 
 def _floats(values: Sequence[float] | float) -> tuple[float, ...]:
-    if isinstance(values, Tensor):
-        values = values.flatten().tolist()
-    return tuple(float(v) for v in values) if isinstance(values, Iterable) else (float(values),)
+    try:
+        return tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist())
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"mean and std are numbers, one or one a channel, got {values!r}."
+        ) from None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 from torch import Tensor
 
 from ..attack.balls import BALLS, Norm
 from ..attack.objectives import OBJECTIVES, Objective
-from ..words import check_count
+from ..words import check_count, is_between
 from .labels import Rows
 from .settings import check_choices, usual_step
 
@@ -75,7 +74,7 @@ class Threat:
             optional = name.endswith("step_size")
             if value is None and optional:
                 continue
-            if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+            if not is_between(value, 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
         if self.eps > 1 and self.norm == "linf":
             raise ValueError(

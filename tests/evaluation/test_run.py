@@ -72,7 +72,7 @@ def test_batches_do_not_matter(net, digits, labels, flow) -> None:
 def test_the_seed_decides(net, digits, labels) -> None:
     options = {"threats": ["linf=0.15@1"], "corruptions": ["shot_noise"]}
     one, same, other = (
-        shorter(evaluate(net, digits, labels, seed=seed, **options)) for seed in (0, 0, 1)
+        shorter(evaluate(net, digits, labels, seed=seed, **options)) for seed in (0, np.int64(0), 1)
     )
     assert one == same
     assert one["linf"] != other["linf"]
@@ -419,6 +419,7 @@ def test_bad_input(net, digits, labels, flow) -> None:
         ({"threats": ["autoattack@5"]}, "fixed numbers"),
         ({"corruptions": ["rain"]}, "no corruption 'rain'"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2.5}, "batch_size must be an integer >= 1"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"threats": [own("clean", "a")]}, "give yours another name"),
         ({"threats": [own("own", "a"), own("own", "b")]}, "have one name"),

@@ -260,6 +260,12 @@ def test_images_out_of_range_are_refused(measure, flow: FrozenGlow, digits: Tens
         measure(flow, digits[:0])
 
 
+def test_labels_are_classes_of_the_images(flow: FrozenGlow, digits: Tensor, labels: Tensor) -> None:
+    for wrong in (labels[:4], labels[:8] - 10):
+        with pytest.raises(ValueError, match="classes from 0, one an image"):
+            calibrate(flow, digits[:8], wrong)
+
+
 def test_a_network_without_labels_is_asked_for_its_own(flow: FrozenGlow, digits: Tensor) -> None:
     x = digits[:32]
     network = probe_network(x, torch.arange(32) % 3, steps=20)

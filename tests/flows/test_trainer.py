@@ -322,6 +322,7 @@ def test_every_option_of_the_recipe_runs(tmp_path: Path, data: ImageData) -> Non
     ("change", "message"),
     [
         ({"epochs": None}, "say how long to train"),
+        ({"epochs": "2"}, "epochs must be greater than 0, got '2'"),
         ({"epochs": -1}, "epochs must be greater than 0"),
         ({"minutes": 0}, "minutes must be greater than 0"),
         ({"lr": float("nan")}, "lr must be greater than 0"),
@@ -339,6 +340,12 @@ def test_every_option_of_the_recipe_runs(tmp_path: Path, data: ImageData) -> Non
 def test_a_recipe_that_cannot_work_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SHORT, **change)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path, data: ImageData) -> None:
+    recipe = dataclasses.replace(SHORT, epochs=0.1, seed=np.int64(1), lr=np.float32(4e-3))
+    out = train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    assert load_flow(out).info["training"]["seed"] == 1
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.flows import Tiles
@@ -385,6 +386,7 @@ class Darker(BatchTransform):
         (lambda net: JointSpaceAdv(lambda x: net(x), "digits"), "make an nn.Module of it"),
         (Darker, "only JointSpaceAdv and RobustMixup can be captured, not Darker"),
         (lambda net: own, "not function"),
+        (lambda net: v2.Compose([JointSpaceAdv(net, eta=0)]), "not Compose"),
     ],
 )
 def test_what_no_graph_repeats_is_refused(make: Callable[[nn.Module], Any], words: str) -> None:

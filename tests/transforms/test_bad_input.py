@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,8 @@ def test_dense_outputs_with_a_callable_objective(network) -> None:
         ({"tau": -1}, "tau must be an integer >= 0"),
         ({"tau": 1, "best": True}, "exclude each other"),
         ({"p": 1.5}, "p is a probability"),
+        ({"p": "0.5"}, "p is a probability, got '0.5'"),
+        ({"fraction": "0.5"}, "fraction is a share of the samples, got '0.5'"),
         ({"target": "other"}, '"label", "prediction" or "random"'),
         ({"target": "random"}, "set targeted=True"),
         ({"targeted": True, "objective": "kl"}, 'needs another, such as "ce"'),
@@ -245,8 +248,11 @@ def test_flows(untouchable) -> None:
         JointSpaceAdv(untouchable, eta=0.1)
     with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
         JointSpaceAdv(untouchable, nn.Linear(2, 2), eta=0.1)
-    with pytest.raises(ValueError, match="no calibrated radius: give eta="):
+    with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
         JointSpaceAdv(untouchable, nn.Linear(2, 2))
+    bare = SimpleNamespace(shape=(1, 8, 8), latent_dim=64, encode=torch.flatten, decode=torch.clone)
+    with pytest.raises(ValueError, match="no calibrated radius: give eta="):
+        JointSpaceAdv(untouchable, bare)
     with pytest.raises(Exception, match="there is no flow 'digit'"):
         JointSpaceAdv(untouchable, "digit")
     flow = load_flow("digits")
@@ -322,9 +328,13 @@ def test_numbers_of_numpy_are_numbers(network, digits, labels) -> None:
         JointSpaceAdv(network, eta=0, generator=seed, mean=mean, std=std)(x, labels[:4])[0]
         for seed, mean, std in (
             (3, 0.5, 0.25), (np.int64(3), np.float32(0.5), np.array([0.25])),
+            (3, [torch.tensor(0.5)], np.full((1, 1, 1, 1), 0.25)),
         )
     ]  # fmt: skip
-    assert torch.equal(*outs)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    with pytest.raises(TypeError, match=r"mean and std are numbers, .* got '0\.5'"):
+        JointSpaceAdv(network, eta=0, mean="0.5", std=0.25)
 
 
 @pytest.mark.parametrize("eps", [0, 0.1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...words import check_count
 from . import blur, digital, noise, spatter, weather
 from .dice import Dice
 from .filters import cut
@@ -125,11 +127,11 @@ def check_choice(name: str, severity: int = 1, **counts: int) -> None:
     """Whether there is such a corruption; ``counts`` must not be negative."""
     if name not in CORRUPTIONS:
         raise ValueError(f"there is no corruption {name!r}; there are {', '.join(CORRUPTIONS)}.")
-    if not isinstance(severity, int) or severity not in SEVERITIES:
+    whole = isinstance(severity, Integral) and not isinstance(severity, bool)
+    if not whole or severity not in SEVERITIES:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}.")
     for word, value in counts.items():
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{word} must be an integer >= 0, got {value!r}.")
+        check_count(word, value, 0)
 
 
 def check_images(images: Any) -> None:

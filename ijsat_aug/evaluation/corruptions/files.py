@@ -64,57 +64,49 @@ class CorruptionFiles:
         device: torch.device | str | None = None,
         frost_images: FrostImages | None = None,
     ) -> None:
-        """:meth:`ensure` for several corruptions."""
-        for name in names:
-            self.ensure(name, images, labels, seed=seed, device=device, frost_images=frost_images)
-
-    def ensure(
-        self,
-        name: str,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        frost_images: FrostImages | None = None,
-    ) -> None:
-        """Write one corruption of a data set, unless it is there already.
+        """Write corruptions of a data set, unless they are there already.
 
         Args:
-            name: One of ``CORRUPTIONS``.
             images: ``(N, C, H, W)`` uint8, the whole data set.
             labels: ``(N,)`` classes.
+            names: Some of ``CORRUPTIONS``.
             seed: As of :func:`corrupt`.
             device: As of :func:`corrupt`.
             frost_images: As of :func:`corrupt`.
         """
-        check_choice(name, seed=seed)
+        for name in names:
+            check_choice(name, seed=seed)
         check_images(images)
         if len(images) == 0 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"a data set needs images and one label for each, got {len(images)} images and "
                 f"labels {tuple(labels.shape)}."
             )
-        path = self._path(name)
         if self.foreign:
-            self._check_foreign(path, images, labels)
+            for name in names:
+                self._check_foreign(self._path(name), images, labels)
             return
         notes = _description(images, labels, seed)
-        if name == "frost":
-            frost_images = None if frost_images is None else as_pictures(frost_images)
-            notes["frost_images"] = None if frost_images is None else _digest(frost_images)
-        self._note(notes)
-        if not self._path("labels").exists():
-            with _whole(self._path("labels"), labels, np.int64) as array:
-                array[:] = labels.cpu().numpy()
-        if path.exists():
-            return
-        with _whole(path, images) as array:
-            for severity in SEVERITIES:
-                damaged = corrupt(
-                    images, name, severity, seed=seed, device=device, frost_images=frost_images
-                )
-                array[severity - 1] = damaged.permute(0, 2, 3, 1).cpu().numpy()
+        for name in names:
+            if name == "frost":
+                frost_images = None if frost_images is None else as_pictures(frost_images)
+                notes["frost_images"] = None if frost_images is None else _digest(frost_images)
+            self._note(notes)
+            if not self._path("labels").exists():
+                with _whole(self._path("labels"), labels, np.int64) as array:
+                    array[:] = labels.cpu().numpy()
+            if self._path(name).exists():
+                continue
+            with _whole(self._path(name), images) as array:
+                for severity in SEVERITIES:
+                    damaged = corrupt(
+                        images, name, severity, seed=seed, device=device, frost_images=frost_images
+                    )
+                    array[severity - 1] = damaged.permute(0, 2, 3, 1).cpu().numpy()
+
+    def ensure(self, name: str, images: Tensor, labels: Tensor, **options: Any) -> None:
+        """:meth:`write` one corruption."""
+        self.write(images, labels, [name], **options)
 
     def read(
         self, name: str, severity: int, begin: int = 0, end: int | None = None
