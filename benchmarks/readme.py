@@ -43,7 +43,7 @@ def machine(result: Mapping[str, Any]) -> str:
 
 def flows_table() -> str:
     """Size, bits/dim, exactness and data of every shipped flow."""
-    head = ("name", "images", "size", "bits/dim (test)", "round trip", "in bf16", "data")
+    head = ("name", "images", "size", "bits/dim (test; less is better)", "round trip", "in bf16", "data")
     rows = [
         (
             f"`{name}`", flow["images"], f"{flow['megabytes']} MB", f"{flow['bits_per_dim']:.2f}",
@@ -339,6 +339,10 @@ def _study(
             taken = [str(len(row["seeds"])), str(row["steps"]), *ratios]
             body.append([title, name, _interval(row["accuracy"]), *cells, *taken])
     cost = "Passes: images through the network, the attack's too; they and time against plain."
+    if any("for as long" in rival for rival in rivals):
+        cost += ' "For as long": trained for as long as the row took.'
+    if any("from the prediction" in rival for rival in rivals):
+        cost += ' "From the prediction": the same row whose step leaves that, not the label.'
     shown = [one for one in result["runs"] if rows is None or one["row"] in rows]
     return markdown(head, body, f"{_note({**result, 'runs': shown}, told)} {cost}")
 
