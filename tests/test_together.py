@@ -69,7 +69,7 @@ def facts(study: Digits, row: str, seed: int) -> dict[str, object]:
 def test_a_training_does_not_depend_on_those_beside_it(study: Digits, row: str) -> None:
     run_together(study, [row], ["few"], [1], CPU, 2)
     single = facts(study, row, 1)
-    for beside in ([row], ["mixup", row, "IJSAT"]):
+    for beside in ([row], ["mixup", row, "RobustMixup"]):
         study.work = study.work / "again"
         run_together(study, beside, ["few"], [0, 1], CPU, 2)
         assert facts(study, row, 1) == single
