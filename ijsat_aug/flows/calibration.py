@@ -81,7 +81,7 @@ def calibrate(
         >>> sorted(table["linf"][0]["random"])
         ['non_finite', 'out_of_range', 'pixel_linf', 'pixel_rms']
     """
-    if labels is not None and (labels.shape != images.shape[:1] or int(labels.min()) < 0):
+    if labels is not None and (labels.shape != images.shape[:1] or bool((labels < 0).any())):
         raise ValueError(
             f"labels are classes from 0, one an image, got {tuple(labels.shape)} for "
             f"{len(images)} images: leave them out where there are none."

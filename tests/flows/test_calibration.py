@@ -264,6 +264,8 @@ def test_labels_are_classes_of_the_images(flow: FrozenGlow, digits: Tensor, labe
     for wrong in (labels[:4], labels[:8] - 10):
         with pytest.raises(ValueError, match="classes from 0, one an image"):
             calibrate(flow, digits[:8], wrong)
+    with pytest.raises(ValueError, match="no image to measure"):
+        calibrate(flow, digits[:0], labels[:0])
 
 
 def test_a_network_without_labels_is_asked_for_its_own(flow: FrozenGlow, digits: Tensor) -> None:
