@@ -43,7 +43,8 @@ def machine(result: Mapping[str, Any]) -> str:
 
 def flows_table() -> str:
     """Size, bits/dim, exactness and data of every shipped flow."""
-    head = ("name", "images", "size", "bits/dim (test; less is better)", "round trip", "in bf16", "data")
+    quality = "bits/dim (test; less is better)"
+    head = ("name", "images", "size", quality, "round trip", "in bf16", "data")
     rows = [
         (
             f"`{name}`", flow["images"], f"{flow['megabytes']} MB", f"{flow['bits_per_dim']:.2f}",
