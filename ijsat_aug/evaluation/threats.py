@@ -18,7 +18,7 @@ from ..flows.manifold import Manifold, needs_labels, on_device
 from ..flows.pyramid import at_size
 from ..transforms.checks import check_channels
 from ..transforms.functional import joint_space_adv
-from ..words import number
+from ..words import is_between, number
 from .autoattack import auto_attack
 from .draws import Draws
 from .report import Entry
@@ -268,7 +268,7 @@ def _check_range(eps: float) -> None:
 
 def _budget(text: str) -> float:
     value = number(text, "budget")
-    if not 0 <= value < float("inf"):
+    if not is_between(value, 0):
         raise ValueError(f"a budget must be a number >= 0, got {text}.")
     return value
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..words import is_between
 from .manifold import Manifold
 from .probe import as_they_are, probe_network, several
 
@@ -150,7 +151,7 @@ def matching_eta(calibration: Mapping[str, Any], pixel_rms: float, norm: str = "
         raise ValueError(f'norm must be "linf" or "l2", got {norm!r}.')
     if norm not in calibration:
         raise ValueError("the flow has no calibration table; run calibrate(), or give eta.")
-    if not (math.isfinite(pixel_rms) and pixel_rms >= 0):
+    if not is_between(pixel_rms, 0):
         raise ValueError(f"pixel_rms must be a number >= 0, got {pixel_rms!r}.")
     below_eta, below_rms = 0.0, 0.0
     for row in calibration[norm]:

@@ -79,7 +79,7 @@ class Recipe:
             raise ValueError(f'optimizer must be "adamax" or "adamw", got {self.optimizer!r}.')
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f'precision must be "fp32" or "bf16", got {self.precision!r}.')
-        if not (is_between(self.held_out, 0, 1) and 0 < self.held_out < 1):
+        if not (isinstance(self.held_out, Real) and 0 < self.held_out < 1):
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out!r}.")
-        if not is_between(self.ema, 0, 1) or self.ema == 1:
+        if not (isinstance(self.ema, Real) and 0 <= self.ema < 1):
             raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}.")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..attack.model import in_full
 from ..transforms.labels import as_target
+from ..words import is_between
 
 __all__ = ["IATLoss", "MARTLoss", "TRADESLoss"]
 
@@ -94,7 +95,7 @@ class IATLoss(nn.Module):
 
     def __init__(self, adversarial_share: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= adversarial_share <= 1:
+        if not is_between(adversarial_share, 0, 1):
             raise ValueError(f"adversarial_share is from 0 to 1, got {adversarial_share!r}.")
         self.adversarial_share = adversarial_share
 

@@ -13,6 +13,7 @@ from ...attack.ascent import Picture, Values, Variable
 from ...attack.balls import Draw, LinfBall
 from ...attack.clip import clip
 from ...precision import full_precision
+from ...words import is_between
 from ..corruptions.severities import LARGE_SIDE
 
 __all__ = ["Drawn", "Space", "SpaceInfo", "check", "linf_variable"]
@@ -117,7 +118,7 @@ def check(images: Tensor, budget: float, steps: int, channels: tuple[int, ...] =
     if channels and images.shape[1] not in channels:
         known = " or ".join(map(str, channels))
         raise ValueError(f"this space needs images of {known} channels, got {images.shape[1]}.")
-    if not (math.isfinite(budget) and budget >= 0):
+    if not is_between(budget, 0):
         raise ValueError(f"budget must be a number >= 0, got {budget}.")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
