@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
-from ijsat_aug.attack.traces import RESTLESS
+from ijsat_aug.attack.model import ModelHandle, unwrap
+from ijsat_aug.attack.traces import RESTLESS, attributes_kept
 
 VARIANTS = {
     "pixel": {"eta": 0, "steps": 2},
@@ -719,3 +720,41 @@ def test_recurrent_layers_go_backward_on_cudnn(dropout, digits, labels) -> None:
     JointSpaceAdv(net, eta=0)(digits[:4], labels[:4])
     assert seen == [(False, not dropout)]
     assert not net.rnn.training
+
+
+def test_a_model_that_changed_its_input_once_may_do_so_again(digits) -> None:
+    calls = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(1)
+        return (x.sub_(0.5) if len(calls) != 2 else x - 0.5).flatten(1)
+
+    x = digits[:4].clone()
+    JointSpaceAdv(model, eta=0, steps=3, random_start=False)(x, torch.arange(4))
+    assert len(calls) == 3
+    assert torch.equal(x, digits[:4])
+
+
+def test_a_batch_of_inference_mode_is_not_written_on() -> None:
+    """Its changes are not counted: only a copy is safe, also after calls that changed nothing."""
+    writes = []
+    handle = ModelHandle(lambda x: (x.sub_(1) if writes else x).flatten(1))
+    handle(torch.rand(1, 1, 2, 2))
+    writes.append(1)
+    with torch.inference_mode():
+        x = torch.ones(1, 1, 2, 2)
+        handle(x)
+    assert x.min() == 1
+
+
+def test_a_wrapper_that_was_compiled_is_taken_off() -> None:
+    net = nn.Linear(2, 2)
+    assert unwrap(torch.compile(nn.DataParallel(net), backend="eager")) is net
+
+
+def test_a_cache_under_another_key_comes_back() -> None:
+    net = nn.Flatten()
+    net.cache = {"bias": torch.ones(2)}
+    with attributes_kept([net]):
+        net.cache["other"] = net.cache.pop("bias")
+    assert list(net.cache) == ["bias"]

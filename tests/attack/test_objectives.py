@@ -55,3 +55,8 @@ def test_logits_are_found(wrap) -> None:
 def test_other_outputs_are_refused(output) -> None:
     with pytest.raises(TypeError, match="must return logits"):
         logits_of(output)
+
+
+def test_logits_come_before_other_outputs() -> None:
+    one, two = torch.rand(2, 3), torch.rand(2, 3)
+    assert logits_of({"out": one, "logits": two}) is two

@@ -181,6 +181,8 @@ def test_mistakes(net, digits, labels, flow) -> None:
         ({"target": "prediction"}, 'target="label"'),
         ({"objective": "kl", "random_start": True}, 'objective="ce"'),
         ({"best": True}, "best=False"),
+        ({"tau": 0}, "tau=None"),
+        ({"targeted": True}, "targeted=False"),
     ):
         adv = JointSpaceAdv(net, eta=0, **options)
         with pytest.raises(ValueError, match=message):
@@ -281,3 +283,68 @@ def test_weights_that_a_model_chooses_need_it_at_rest_too(digits, labels) -> Non
     mix = RobustMixup(num_classes=10, draws=4)
     with pytest.raises(ValueError, match="has no model yet"):
         next(iter(AugmentedLoader(loader(digits, labels), mix, epochs=(5, None))))
+
+
+def test_rounding_outside_the_range_is_no_move() -> None:
+    x = (torch.tensor([-5e-4, 0.5]).expand(2, 1, 1, 2) - 0.5) / 0.25
+    adv = JointSpaceAdv(eta=0, eps=0.1, random_start=False, mean=0.5, std=0.25)
+    out = adv.follow(x, None, torch.tensor([0.0, 1.0]).expand(2, 1, 1, 2))
+    assert torch.equal(out[..., 0], x[..., 0])
+
+
+def test_the_gradient_of_a_normalised_batch_becomes_one_of_pixels() -> None:
+    std = torch.tensor([0.1, 0.2, 0.4])
+    adv = JointSpaceAdv(
+        eta=0, eps=0.01, norm="l2", random_start=False, mean=[0.5] * 3, std=std.tolist()
+    )
+    out = adv.follow(torch.zeros(1, 3, 1, 1), None, torch.ones(1, 3, 1, 1))
+    assert torch.allclose(out.flatten() * std, 0.01 * F.normalize(1 / std, dim=0), atol=1e-6)
+
+
+def test_what_has_no_finite_gradient_stays_and_has_not_moved(digits) -> None:
+    adv = JointSpaceAdv(eta=0, eps=0.05)
+    gradient = torch.ones(2, 1, 8, 8)
+    gradient[1] = torch.nan
+    out = adv.follow(digits[:2], None, gradient)
+    assert torch.equal(out[1], digits[1])
+    assert adv.last["fallback"].tolist() == [False, True]
+    assert (adv.last["pixel_norm"] > 0).tolist() == [True, False]
+
+
+def test_what_has_no_finite_gradient_is_not_the_hardest(digits) -> None:
+    adv = JointSpaceAdv(eta=0, eps=0.1, fraction=0.5, choose="hardest", random_start=False)
+    gradient = torch.ones(4, 1, 8, 8) * torch.tensor([torch.nan, 3, 1, 2])[:, None, None, None]
+    out = adv.follow(digits[:4], None, gradient)
+    assert (out != digits[:4]).flatten(1).any(1).tolist() == [False, True, False, True]
+
+
+class Plane:
+    """A manifold that needs the labels of a batch."""
+
+    shape, latent_dim, needs_labels = (1, 8, 8), 64, True
+
+    def __init__(self, labels: Tensor | None = None) -> None:
+        self.labels = labels
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.flatten(1) * (1 + self.labels[:, None])
+
+    def decode(self, z: Tensor) -> Tensor:
+        return (z / (1 + self.labels[:, None])).unflatten(1, self.shape)
+
+    def of_labels(self, labels: Tensor) -> Plane:
+        return Plane(labels)
+
+
+def test_a_conditional_flow_gets_the_labels(digits) -> None:
+    adv = JointSpaceAdv(None, Plane(), eps=0, eta=0.1, random_start=False)
+    x, y = 0.25 + digits[:4] / 2, torch.arange(4)
+    out = adv.follow(x, y, torch.ones(4, 1, 8, 8))
+    assert torch.allclose((out - x).flatten(1).amax(1), 0.1 / (1 + y), atol=1e-5)
+
+
+def test_an_attack_of_the_users_rests_too(digits, labels) -> None:
+    calls = []
+    mix = RobustMixup(num_classes=10, attack=lambda x, t: calls.append(1) or x)
+    list(AugmentedLoader(loader(digits, labels, 12, 4), mix, every=2))
+    assert len(calls) == 2

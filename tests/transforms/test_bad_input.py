@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
@@ -388,3 +389,28 @@ def test_mean_and_std_of_levels_are_told(mean, std) -> None:
     std = std if isinstance(mean, float) else [std] * 3
     with pytest.raises(ValueError, match="divide those of 8-bit levels by 255"):
         JointSpaceAdv(mean=mean, std=std)
+
+
+def test_rounding_outside_the_range_is_no_move() -> None:
+    """The first pixel of a normalised batch is a little below black, and nobody looks at it."""
+    pixels = torch.tensor([-5e-4, 0.5]).expand(2, 1, 1, 2)
+    x = (pixels - 0.5) / 0.25
+
+    def model(z):
+        return F.pad(z[:, 0, 0, 1:], (0, 1))
+
+    adv = JointSpaceAdv(model, eta=0, eps=0.1, random_start=False, mean=0.5, std=0.25)
+    out, _ = adv(x, torch.tensor([1, 1]))
+    assert torch.equal(out[..., 0], x[..., 0])
+    assert (out[..., 1] != x[..., 1]).all()
+
+
+def test_kl_needs_no_labels(net, digits) -> None:
+    adv = JointSpaceAdv(net, eta=0, objective="kl")  # a warning would be an error
+    adv({"image": digits[:4], "path": ["a", "b", "c", "d"]})
+
+
+def test_an_attack_of_another_std_is_refused(net) -> None:
+    attack = JointSpaceAdv(net, eta=0, mean=0.5, std=0.25)
+    with pytest.raises(ValueError, match="different mean and std"):
+        RobustMixup(net, num_classes=10, attack=attack, mean=0.5, std=0.5)

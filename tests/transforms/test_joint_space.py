@@ -284,3 +284,12 @@ def test_default_steps_cross_the_ball() -> None:
         assert steps * threat.pixel_step >= 1.2 * threat.eps
         assert threat.pixel_step <= 1.25 * threat.eps + 1e-12
         assert threat.latent_step == pytest.approx(2 * threat.pixel_step)
+
+
+def test_a_friendly_attack_with_a_goal_stops_there(net, digits, labels) -> None:
+    goal = (net(digits).argmax(1) + 3) % 10
+    options = {"eta": 0, "eps": 0.3, "steps": 8, "targeted": True, "random_start": False}
+    x, _ = JointSpaceAdv(net, tau=0, **options)(digits, goal)
+    hard, _ = JointSpaceAdv(net, **options)(digits, goal)
+    assert accuracy(net, x, goal) > 0.5
+    assert (x - digits).abs().mean() < (hard - digits).abs().mean()

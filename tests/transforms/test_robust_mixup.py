@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.flows import Decoder
 from ijsat_aug.functional import robust_mixup
 from ijsat_aug.transforms.mixing import adversity
 
@@ -581,3 +582,101 @@ def test_labels_that_have_no_place_are_refused(getter, digits, labels) -> None:
     mix = RobustMixup(num_classes=10, eps=0, labels_getter=getter)
     with pytest.raises(ValueError, match="no place for the new labels"):
         mix((digits[:4], labels[:4], {"y": labels[:4].clone()}))
+
+
+class Dim(nn.Module):
+    """Its logits are no numbers for images that are brighter than 0.6."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = (0.6 - x.mean((1, 2, 3))).log()
+        return torch.stack([left, -left], 1)
+
+
+def test_a_draw_without_a_loss_is_not_the_worst() -> None:
+    x, y = black_and_white(2)
+    mix = RobustMixup(Dim(), num_classes=2, eps=0, draws=2)
+    with_lam(mix, x, y, torch.tensor([[0.1, 0.9], [0.5, 0.5]]))
+    assert mix.last["lam"].tolist() == [0.5, 0.5]
+
+
+def test_a_weight_that_lost_its_loss_is_that_of_the_draw() -> None:
+    x, y = black_and_white(2)
+    drawn = torch.tensor([0.5, 0.5])
+
+    def climbed(steps: int) -> Tensor:
+        mix = RobustMixup(Dim(), num_classes=2, eps=0, lam_steps=steps, rho=0.4, lam_step_size=0.15)
+        with_lam(mix, x, y, drawn)
+        return mix.last["lam"]
+
+    once = climbed(1)
+    too_bright = torch.stack([1 - once[0], once[1]]) > 0.6  # after the first of three steps
+    assert too_bright.any()
+    assert torch.equal(climbed(3) == drawn, too_bright)
+
+
+def test_what_the_attack_lost_is_counted_beside_what_the_decoder_lost(digits, labels, flow) -> None:
+    attack = JointSpaceAdv(lambda x: x.flatten(1) * torch.nan, eta=0)
+    mix = RobustMixup(num_classes=64, attack=attack, space="latent", flow=flow)
+    mix(digits[:4], labels[:4])
+    assert mix.last["fallback"].all()
+
+
+@pytest.mark.parametrize("options", [{"draws": 4}, {"lam_steps": 2}])
+def test_weights_are_chosen_on_blends_as_the_model_gets_them(options, net, digits, labels) -> None:
+    plain = RobustMixup(net, num_classes=10, eps=0, generator=0, **options)
+    plain(digits[:40], labels[:40])
+    mix = RobustMixup(
+        lambda z: net(z * 0.25 + 0.5), num_classes=10, eps=0, generator=0, mean=0.5, std=0.25,
+        **options,
+    )  # fmt: skip
+    mix((digits[:40] - 0.5) / 0.25, labels[:40])
+    assert torch.allclose(mix.last["lam"], plain.last["lam"], atol=1e-5)
+
+
+def test_dropout_in_the_choice_of_weights_is_seeded(network, digits, labels) -> None:
+    network[6].p = 0.5
+    state, lams = torch.get_rng_state(), []
+    for _ in range(2):
+        mix = RobustMixup(network, num_classes=10, eps=0, draws=8, model_mode="train", generator=0)
+        mix(digits[:32], labels[:32])
+        lams.append(mix.last["lam"])
+    assert torch.equal(*lams)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_an_autoencoder_misses_is_blended_with_the_images(digits, labels) -> None:
+    coarse = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
+    back = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Upsample(scale_factor=2))
+    flow = Decoder(back, (1, 8, 8), (16,), coarse)
+    mix = RobustMixup(num_classes=10, eps=0, space="latent", flow=flow)
+    out, _ = with_lam(mix, digits[:3], labels[:3], torch.tensor([1.0, 0.0, 1.0]))
+    assert torch.allclose(out, digits[[0, 0, 2]], atol=1e-6)
+
+
+def test_blends_on_the_manifold_are_pixels(digits, labels, flow) -> None:
+    mix = RobustMixup(num_classes=10, eps=0, space="latent", flow=flow)
+    out, _ = with_lam(mix, digits[:16], labels[:16], torch.full((16,), 0.5))
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+def test_geometric_labels_stay_probabilities() -> None:
+    x, y = black_and_white(4)
+    mix = RobustMixup(num_classes=2, attack=lambda x, t: 2 * x - 0.5, label="geometric")
+    _, t = with_lam(mix, x, y, torch.full((4,), 0.9))
+    assert t.min() == 0
+    assert t.max() == 1
+
+
+def test_another_model_is_that_of_the_attack_too(net) -> None:
+    other = nn.Identity()
+    assert RobustMixup(net, num_classes=10).bind(other).attack.model is other
+    own = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(other, eta=0))
+    assert own.bind(nn.Identity()).attack.model is other
+
+
+def test_an_attack_that_is_told_to_rest_leaves_the_blends_alone(net, digits, labels) -> None:
+    mix = RobustMixup(net, num_classes=10, eps=0.1)
+    mix.attack.eval()
+    mix(digits[:4], labels[:4])
+    assert mix.last.keys() == {"lam"}

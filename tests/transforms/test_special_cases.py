@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ijsat_aug import JointSpaceAdv
 from ijsat_aug.attack import unit_ball
 from ijsat_aug.transforms.functional import joint_space_adv
 
@@ -240,3 +241,25 @@ def test_linear_is_one_exact_step_without_the_decode(network, digits, labels, fl
     linear = joint_space_adv(x, y, network, flow, method="linear", steps=3, **options)
     close = (exact - linear).abs().flatten(1).amax(1) < 1e-4
     assert close.float().mean() > 0.9  # elsewhere a sign near zero fell the other way
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+def test_a_start_outside_the_balls_is_brought_into_them(eps, net, digits, flow) -> None:
+    x = digits[:4]
+
+    def start(by: float) -> Tensor:
+        return joint_space_adv(
+            x, None, net, flow, eps=eps, eta=0.1, steps=0,
+            pixel_start=by * eps * torch.ones_like(x),
+            latent_start=torch.full((4, 64), by * 0.1),
+        )  # fmt: skip
+
+    assert torch.allclose(start(9.0), start(1.0), atol=1e-6)
+    assert not torch.allclose(start(0.5), start(1.0), atol=1e-3)
+
+
+def test_what_does_not_move_stays_bit_for_bit(net, digits, labels) -> None:
+    x = (digits - 0.4914) / 0.247
+    scale = {"mean": 0.4914, "std": 0.247}
+    adv = JointSpaceAdv(net, eta=0, eps=0.1, step_size=0.0, random_start=False, **scale)
+    assert torch.equal(adv(x, labels)[0], x)
