@@ -52,7 +52,7 @@ Weights = Annotated[
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(stopped: str = "Stopped.") -> Iterator[None]:
     """The user's mistakes are one sentence; ours keep their traceback."""
     try:
         yield
@@ -62,7 +62,7 @@ def _plain_errors() -> Iterator[None]:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stop:
-        typer.secho(str(stop) or "Stopped.", fg="yellow", err=True)
+        typer.secho(str(stop) or stopped, fg="yellow", err=True)
         raise typer.Exit(130) from None
 
 
@@ -223,7 +223,10 @@ def evaluate(
     """Measure what a model withstands: attacks, unseen threats and corruptions, in one table."""
     from .evaluation.command import run
 
-    with _plain_errors():
+    kept = "nothing was kept, as it is with --out FOLDER"
+    if out is not None:
+        kept = f"what is finished lies in {out}, and the same command goes on there"
+    with _plain_errors(f"Stopped: {kept}."):
         report, other = run(
             data, model=model, weights=weights, name=name, flow=flow, threats=_words(threats),
             corruptions=_words(corruptions), corruption_files=corruption_files, limit=limit,
@@ -259,7 +262,14 @@ def inspect(
 
         from .flows.card import render
 
-        Console().print(Markdown(render(loaded.info)))
+        try:
+            card = render(loaded.info)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the card of {flow} has lost parts, though its weights are whole: see what is "
+                "there with --json."
+            ) from error
+        Console().print(Markdown(card))
 
 
 @app.command("train-flow")
@@ -319,7 +329,7 @@ def train_flow(
     from .flows.registry import list_flows
     from .flows.trainer import train_flow as train
 
-    with _plain_errors():
+    with _plain_errors("Stopped: the same command goes on with --resume."):
         recipe = Recipe(
             minutes=minutes, epochs=epochs, batch_size=batch_size, lr=lr,
             optimizer=optimizer.value, weight_decay=weight_decay, warmup=warmup, ema=ema,

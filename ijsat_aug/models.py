@@ -147,6 +147,8 @@ def _state(weights: str | Path) -> dict[str, Tensor]:
     if not path.exists() and ":" in path.name:
         name, _, key = path.name.rpartition(":")
         path = path.with_name(name)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file of weights in it.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     found = _read(path)

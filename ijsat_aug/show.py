@@ -16,6 +16,8 @@ from .flows.files import check_target
 from .flows.probe import probe_network, several
 from .gallery import check_png, draw, gallery
 from .models import first_logits, load_model
+from .transforms.checks import check_channels
+from .transforms.joint_space import JointSpaceAdv
 from .transforms.scale import Scale
 
 __all__ = ["run"]
@@ -54,9 +56,13 @@ def run(
     if eta is not None and flow is None:
         raise ValueError("eta is a move along a manifold: say which, with --flow.")
     manifold = None if flow is None else load_flow(flow)
-    if size is None and manifold is not None:
+    if size is None and manifold is not None and manifold.shape[1] == manifold.shape[2]:
         size = manifold.shape[1]
     data = load_images(source, size=size)
+    if manifold is not None:
+        check_channels(manifold, data.images)
+    latent = {"eta": 0} if manifold is None else {"eta": eta}
+    JointSpaceAdv(None, manifold, eps=eps, steps=steps, **latent)  # refuses, before a training
     if model is None:
         if weights is not None:
             raise ValueError("weights belong to a model: say which, with --model.")

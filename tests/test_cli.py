@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 import ijsat_aug
 from ijsat_aug.cli import _is_plain, app
-from ijsat_aug.flows.checkpoint import load_state
+from ijsat_aug.flows.checkpoint import load_state, save_flow
+from ijsat_aug.flows.glow import GlowConfig, build_glow
 
 runner = CliRunner()
 
@@ -108,6 +110,32 @@ def test_inspect_prints_the_card_and_the_config() -> None:
     assert config["architecture"]["shape"] == [1, 8, 8]
 
 
+def test_a_card_that_lost_parts(tmp_path: Path) -> None:
+    config, state = load_state("digits")
+    card = save_flow(tmp_path, config, state) / "config.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "calibration": {"images": 3}}))
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert "has lost parts" in " ".join(result.output.split())
+    assert run("inspect", tmp_path, "--json").exit_code == 0
+
+
+def test_show_takes_a_flow_that_is_not_square(tmp_path: Path) -> None:
+    config = GlowConfig(shape=(1, 8, 4), levels=1, steps=1, hidden=4)
+    model = build_glow(config)
+    model(torch.rand(8, 1, 8, 4))
+    flow = save_flow(tmp_path / "flow", config, model.state_dict())
+    np.save(tmp_path / "images.npy", np.arange(3 * 32, dtype=np.uint8).reshape(3, 8, 4))
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(32, 2))\n"
+    )
+    result = run(
+        "show", tmp_path / "images.npy", "--flow", flow, "--eta", 0.1, "--out", tmp_path / "a.png",
+        "--model", f"{tmp_path / 'net.py'}:make",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
 # Of a model that does not exist: what is refused before it is refused before any work.
 EVALUATE = ("evaluate", "digits", "--model", "absent:model")
 
@@ -124,6 +152,12 @@ def test_mistakes_are_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         (("show", "digits", "--eps", "8/x"), "'8/x' is no number"),
         (("show", "digits", "--weights", "a.pt"), "weights belong to a model"),
         (("show", "digits", "--eta", 0.1), "say which, with --flow"),
+        (("show", "digits", "--flow", "cifar10-fast"), "takes images of 3 channels"),
+        (("show", "digits", "--flow", "digits", "--eta", -1), "eta must be"),
+        (
+            ("train-flow", "digits", tmp_path / "a", "--epochs", 1, "--lr", "inf"),
+            "lr must be a fin",
+        ),
         (("show", "digits", "--out", tmp_path), "is a folder; name a file in it"),
         (("show", "digits", "--out", tmp_path / "a.jpg"), "call it a.png"),
         ((*EVALUATE, "--against", tmp_path), "is a folder: give the file that"),

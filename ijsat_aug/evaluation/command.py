@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..flows.checkpoint import load_flow
-from ..flows.data import ImageData, load_images
+from ..flows.data import ImageData, load_images, outside_classes
 from ..flows.files import check_target, write_atomically
 from ..models import load_model
 from .corruptions.files import CorruptionFiles
@@ -60,9 +61,11 @@ def run(
         ...     Path(place, "a.html").stat().st_size > 0, report.settings["images"]
         (True, 20)
     """
-    for target in (json, markdown, html):
-        if target is not None:
-            check_target(target)
+    targets = [target for target in (json, markdown, html) if target is not None]
+    for target in targets:
+        check_target(target)
+    if len({target.absolute() for target in targets}) < len(targets):
+        raise ValueError("two reports would be written to one file: name one for each.")
     place = _device(device)
     before = None if against is None else Report.load(against)
     manifold = None if flow is None else load_flow(flow)
@@ -71,10 +74,13 @@ def run(
     theirs = corruption_files is not None and CorruptionFiles(corruption_files).foreign
     data = _some(data, limit, first=theirs)
     if data.labels is None:
+        stray = outside_classes(source)
+        at = "" if stray is None else f" ({stray} lies in none)"
         raise ValueError(
             f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
-            "each class, or save an array 'labels' beside 'images'."
+            f"each class{at}, or save an array 'labels' beside 'images'."
         )
+    _tell_order(data.classes or ())
     if before is not None:
         check_same_images(fingerprint(*checked(data.pixels, data.labels)), before)
     report = evaluate(
@@ -115,6 +121,17 @@ def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
     if data.classes is None and (first or not by_class):
         return data.take(torch.arange(limit))
     return data.spaced(limit)
+
+
+def _tell_order(classes: Sequence[str]) -> None:
+    """Say in which order numbers are classes, where there are two."""
+    if all(name.isdecimal() for name in classes) and [*classes] != sorted(classes, key=int):
+        warnings.warn(
+            f"The folders of classes are taken as text, {', '.join(classes[:4])}, ..., as "
+            "torchvision's ImageFolder does: if the model counts otherwise, give their numbers "
+            "leading zeros.",
+            stacklevel=3,
+        )
 
 
 def _name(model: str, weights: str | None) -> str:

@@ -216,6 +216,8 @@ class Report:
         file = Path(path).expanduser()
         if file.is_dir():
             raise ValueError(f"{path} is a folder: give the file that to_json (--json) wrote.")
+        if not file.exists():
+            raise FileNotFoundError(f"{path} does not exist.")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:

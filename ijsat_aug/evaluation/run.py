@@ -120,7 +120,8 @@ def evaluate(
     if classes is not None and len(classes) != logits.shape[1]:
         raise ValueError(
             f"there are {len(classes)} classes of images, and the model tells {logits.shape[1]} "
-            "apart: the labels would mean others; give a folder for each class of the model."
+            "apart: the labels would mean others; give a folder for each class of the model, with "
+            "an image at least."
         )
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
@@ -133,7 +134,7 @@ def evaluate(
     warnings: list[str] = []
     source, origins = _source(x, y, corruption_files, corrupted, seed, victim.device)
     with work.display:
-        warnings += work.doubts()
+        warnings += work.doubts(attacked=len(chosen) > 0)
         clean = work.clean()
         work = replace(work, shown=_one_of_each(y, clean.correct))
         results["clean"] = replace(clean, **work.drawn({}, {}))
@@ -199,14 +200,15 @@ class Work:
     display: Display
     shown: tuple[int, ...] = ()
 
-    def doubts(self) -> list[str]:
+    def doubts(self, attacked: bool) -> list[str]:
         """Warnings, from as many of the first images as fit."""
         found: list[str] = []
 
         def look() -> None:
             x, y = (t[: min(_DOUBTED, self.batches.size)] for t in (self.x, self.y))
             place = self.victim.device
-            found.extend(doubts(self.victim, x.to(place), y.to(place), self.seed))
+            x, y = x.to(place), y.to(place)
+            found.extend(doubts(self.victim, x, y, self.seed, attacked=attacked))
 
         while not self.batches.fit(min(_DOUBTED, self.batches.size), look):
             pass

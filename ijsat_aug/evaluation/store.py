@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..flows.files import write_atomically
+from ..flows.files import check_target, write_atomically
 from .report import Entry, Result, read_result
 
 __all__ = ["Store", "fingerprint"]
@@ -41,12 +41,13 @@ class Store:
         if self.folder is None:
             return
         place = self.folder / _SETTINGS
-        before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
+        check_target(place)
+        before = None if overwrite else _settings(place)
         wanted = json.loads(json.dumps(dict(settings)))
         # The same model may answer a little differently, as on another machine.
         if before is not None and _alike(before.get("logits"), wanted.get("logits")):
             wanted["logits"] = before["logits"]
-        if before is not None and before != wanted and not overwrite:
+        if before is not None and before != wanted:
             other = [k for k in {*before, *wanted} if before.get(k) != wanted.get(k)]
             other = sorted({"model" if k in ("logits", "parts") else k for k in other})
             raise ValueError(
@@ -65,11 +66,14 @@ class Store:
             write_atomically(place, (json.dumps(wanted, indent=1) + "\n").encode())
 
     def get(self, entry: Entry) -> Result | None:
-        """The result of a threat with this budget, if there is one."""
+        """The result of a threat with this budget, if there is one that is whole."""
         file = self._file(entry)
         if file is None or not file.is_file():
             return None
-        return read_result(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            return read_result(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def put(self, result: Result) -> None:
         """Keep a result."""
@@ -84,6 +88,21 @@ class Store:
         words = f"{entry.name}-{entry.budget}-{entry.steps}-{entry.reference}"
         plain = "".join(c if c.isalnum() else "-" for c in entry.name)
         return self.folder / f"result-{plain}-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
+
+
+def _settings(place: Path) -> dict[str, Any] | None:
+    """What the results in a folder were made with, if there are any."""
+    if not place.is_file():
+        return None
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{place} is damaged: choose another folder, or pass overwrite=True (--overwrite)."
+        )
+    return found
 
 
 def _alike(before: list[float] | None, now: list[float] | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from .corruptions.scores import corruption_score
-from .report import Kind, Report, Result, Share, wilson
+from .report import Kind, Report, Result, Share
 
 __all__ = ["Row", "check_same_images", "rows"]
 
@@ -139,14 +139,15 @@ def _corruptions(report: Report, against: Report | None) -> list[Row]:
 
 
 def _clustered(lines: list[str]) -> Share:
-    """A share whose interval counts images, not their five severities."""
-    count = len(lines[0])
+    """A share whose interval counts images, not their five severities.
+
+    It is the interval of Agresti and Coull (1998), of four images more, two right and two wrong.
+    """
     means = _means(lines)
-    share = fmean(means)
-    if len(lines) == 1 or share in (0, 1):
-        return wilson(round(share * count), count)
-    spread = math.sqrt(sum((m - share) ** 2 for m in means) / max(count - 1, 1) / count)
-    return Share(share, max(0.0, share - 1.96 * spread), min(1.0, share + 1.96 * spread))
+    count = len(means) + 4
+    middle = (sum(means) + 2) / count
+    spread = math.sqrt(((sum(m * m for m in means) + 2) / count - middle**2) / count)
+    return Share(fmean(means), max(0.0, middle - 1.96 * spread), min(1.0, middle + 1.96 * spread))
 
 
 def _paired(ours: list[str], theirs: list[str]) -> Share:

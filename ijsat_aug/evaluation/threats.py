@@ -123,7 +123,10 @@ def make_threat(
     """
     name, budget_text, steps_text = _taken_apart(text)
     if name not in NAMES:
-        raise ValueError(f"there is no threat {name!r}; there are {', '.join(NAMES)}.")
+        raise ValueError(
+            f"there is no threat {name!r}; there are {', '.join(NAMES)}, and the groups "
+            f"{', '.join(GROUPS)}."
+        )
     eta_text = ""
     if name == "jsa":
         budget_text, _, eta_text = budget_text.partition(":")

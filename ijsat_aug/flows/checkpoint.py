@@ -279,6 +279,8 @@ def _read_card(folder: Path, sha256: str | None) -> dict[str, Any]:
             f"{folder} is not a flow checkpoint: it has no {CONFIG}; name the folder that "
             "save_flow or ijsat-aug train-flow wrote."
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {_again(folder)}.") from error
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):

@@ -134,6 +134,8 @@ def _from_array(path: Path) -> ImageData:
             found = loaded[label_name]
             if found.dtype.kind not in "iub":
                 raise TypeError(f"{path} holds labels of {found.dtype}; save class numbers.")
+            if found.size and found.min() < 0:
+                raise ValueError(f"{path} holds labels below 0; save class numbers from 0 on.")
             labels = torch.from_numpy(found.astype(np.int64)).flatten()
             if len(labels) != len(images):
                 raise ValueError(f"{path} holds {len(images)} images but {len(labels)} labels.")
@@ -156,16 +158,29 @@ def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
     return tensor.contiguous()
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+def _pictures_in(folder: Path) -> list[Path]:
+    """Not ._cat.png of macOS, nor .ipynb_checkpoints/cat.png of Jupyter."""
+    named = (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    return sorted(
+        f for f in named if not any(p.startswith(".") for p in f.relative_to(folder).parts)
+    )
+
+
+def outside_classes(source: str | Path) -> Path | None:
+    """The first picture that keeps a folder from being one of labelled images.
+
+    Example:
+        >>> outside_classes("digits") is None
+        True
+    """
+    folder = Path(source).expanduser()
+    return next((f for f in _pictures_in(folder) if f.parent == folder), None)
 
 
 def _from_folder(folder: Path, size: int | None) -> ImageData:
     from PIL import Image
 
-    named = (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
-    # As ._cat.png of macOS and .ipynb_checkpoints/cat.png of Jupyter.
-    files = sorted(f for f in named if not any(_is_hidden(p) for p in f.relative_to(folder).parts))
+    files = _pictures_in(folder)
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Literal
@@ -64,6 +65,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and float(value) > 0):
                 raise ValueError(f"{name} must be greater than 0, got {value!r}.")
+        if not math.isfinite(self.lr):
+            raise ValueError(f"lr must be a finite number, got {self.lr!r}.")
         if not is_between(self.weight_decay, 0):
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
         for name in ("seed", "warmup"):

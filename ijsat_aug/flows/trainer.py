@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.swa_utils import AveragedModel
 
 from ..precision import warn_if_emulated
@@ -340,7 +341,13 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _draw(self) -> None:
-        flow = freeze(self.config, self.average.module.state_dict(), device=self.device)
+        try:
+            flow = freeze(self.config, self.average.module.state_dict(), device=self.device)
+        except (ValueError, LinAlgError) as error:
+            raise ValueError(
+                "the training diverged, and its flow has no inverse: begin again with a smaller "
+                "lr (--lr)."
+            ) from error
         save_pictures(flow, self.held_out, self.out / "training")
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:

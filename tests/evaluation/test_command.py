@@ -180,6 +180,10 @@ def _pooled(place: Path) -> Path:
 def test_mistakes_are_one_sentence(place) -> None:
     model = ("--model", f"{place}/net.py:make", "--weights", place / "good.safetensors", "--quiet")
     np.savez(place / "bare.npz", images=np.zeros((4, 8, 8), np.uint8))
+    np.savez(place / "below.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) - 1)
+    (place / "stray" / "cats").mkdir(parents=True)
+    for file in ("a.png", "cats/b.png"):
+        Image.new("L", (8, 8)).save(place / "stray" / file)
     (place / "no.json").write_text(json.dumps({"a": 1}))
     few = ("digits", *model, "--threats", "none", "--corruptions", "none", "--limit")
     assert run(*few, 20, "--json", place / "few.json").exit_code == 0
@@ -189,10 +193,16 @@ def test_mistakes_are_one_sentence(place) -> None:
             "different images",
         ),
         (("digits", *model, "--threats", "magic"), "no threat 'magic'"),
+        (("digits", *model, "--threats", "none,linf"), "and the groups quick, standard"),
         (("digits", *model, "--threats", "jsa"), "give a flow"),
         (("digits", *model, "--corruptions", "rain"), "no corruption 'rain'"),
         (("digits", *model, "--against", place / "no.json"), "no report"),
         ((place / "bare.npz", *model), "has no labels"),
+        ((place / "below.npz", *model), "labels below 0"),
+        ((place / "stray", *model), "stray/a.png lies in none"),
+        (("digits", *model, "--against", place / "absent.json"), "absent.json does not exist."),
+        (("digits", *model, "--json", place / "a", "--html", place / "a"), "to one file"),
+        (("digits", *model[:3], place), "is a folder; name the file of weights"),
         (("digits", "--model", f"{place}/net.py:pooled"), "does not take images of 1x8x8"),
         (("nowhere", *model), "neither a file or folder"),
     ):
@@ -236,3 +246,26 @@ def test_one_image_is_enough(place) -> None:
         "--corruptions", "none",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+
+
+def test_folders_that_are_numbers_are_told_their_order(place) -> None:
+    for number in range(1, 11):
+        (place / "numbers" / str(number)).mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * number).save(place / "numbers" / str(number) / "a.png")
+    arguments = ("--model", f"{place}/net.py:make", "--threats", "none", "--corruptions", "none")
+    with pytest.warns(UserWarning, match="taken as text, 1, 10, 2, 3, ..., as"):
+        assert run(place / "numbers", *arguments, "--quiet").exit_code == 0
+    (place / "numbers" / "10").rename(place / "numbers" / "0")  # a warning would be an error
+    assert run(place / "numbers", *arguments, "--quiet").exit_code == 0
+
+
+def test_stopping_says_where_to_go_on(place, monkeypatch) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ijsat_aug.evaluation.command.run", stop)
+    arguments = ("digits", "--model", f"{place}/net.py:make")
+    assert "nothing was kept, as it is with --out" in run(*arguments).output
+    stopped = run(*arguments, "--out", place / "kept")
+    assert "the same command goes on there" in " ".join(stopped.output.split())
+    assert stopped.exit_code == 130

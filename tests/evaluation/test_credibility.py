@@ -25,6 +25,7 @@ def test_train_mode(network, digits, labels) -> None:
 
 def test_probabilities(net, digits, labels) -> None:
     assert "returns probabilities" in look(nn.Sequential(net, nn.Softmax(1)).eval(), digits, labels)
+    assert "returns probabilities" in look(nn.Sequential(net, nn.Sigmoid()).eval(), digits, labels)
     assert look(nn.Sequential(net, nn.LogSoftmax(1)).eval(), digits, labels) == ""
 
 
@@ -40,7 +41,9 @@ class Noisy(nn.Module):
 
 
 def test_a_random_model(net, digits, labels) -> None:
-    assert "The model is random" in look(Noisy(net), digits, labels)
+    found = look(Noisy(net), digits, labels)
+    assert "The model is random" in found
+    assert "depends on the other images" not in found  # alone it differs from itself too
 
 
 def test_a_prediction_that_depends_on_its_batch(net, digits, labels) -> None:
@@ -74,6 +77,22 @@ def test_no_gradient(defence, net, digits, labels) -> None:
     found = look(defence(net), digits, labels)
     assert "100% of the images have no gradient" in found
     assert "half of the whole pixel range" in found
+
+
+@pytest.mark.parametrize("way", ["no_grad", "unused"])
+def test_a_model_without_any_way_to_its_images(way, net, digits, labels) -> None:
+    one = torch.ones(1, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = net(x)
+        return logits if way == "no_grad" else logits * one
+
+    assert "100% of the images have no gradient" in look(model, digits, labels)
+    y = labels[:20]
+    report = evaluate(model, digits[:20], y, threats=(), corruptions=("contrast",))
+    assert report.warnings == ()  # nothing followed a gradient
+    assert report.accuracy("clean") > 0.9
 
 
 class Sharp(nn.Module):

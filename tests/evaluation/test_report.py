@@ -84,8 +84,23 @@ def test_corruptions_are_means_of_severities() -> None:
     assert [(row.title, row.percent) for row in lines] == [("FOG", "50.0"), ("SNOW", "100.0")]
     assert mean.title == "mean of 2 (mCE 25.0)"
     # Four images of five severities are four images: no interval of twenty.
-    spread = torch.tensor([0.8, 0.6, 0.4, 0.2]).std() / 2
+    eight = torch.tensor([0.8, 0.6, 0.4, 0.2, 1, 1, 0, 0])  # two right and two wrong images more
+    spread = eight.std(correction=0) / 8**0.5
     assert lines[0].accuracy.high == pytest.approx(0.5 + 1.96 * float(spread), abs=1e-6)
+
+
+def test_a_slip_makes_no_corruption_more_certain() -> None:
+    def interval(*lines: str) -> tuple[float, float]:
+        found = {"clean": result("clean", "1" * 100, "clean")}
+        for severity, right in enumerate(lines, 1):
+            found[f"fog/{severity}"] = result(f"fog/{severity}", right, "corruption")
+        _, row, _ = rows(Report({"name": "net", "images": 100, "data": "d"}, found))
+        return row.accuracy.low, row.accuracy.high
+
+    all_right = interval(*["1" * 100] * 5)
+    one_wrong = interval(*["1" * 100] * 4, "0" + "1" * 99)
+    assert one_wrong[0] < all_right[0] < 0.97
+    assert all_right[1] == one_wrong[1] == 1
 
 
 def test_files_come_back_as_they_were(tmp_path) -> None:

@@ -479,6 +479,24 @@ def test_overwriting_begins_anew(net, digits, labels, tmp_path) -> None:
     assert ours.exists()
 
 
+def test_a_damaged_folder(net, digits, labels, tmp_path) -> None:
+    options = {"threats": ["linf@1"], "corruptions": [], "folder": tmp_path}
+    report = evaluate(net, digits[:20], labels[:20], **options)
+    (kept,) = tmp_path.glob("result-linf-*.json")
+    for damaged in (kept.read_text()[:50], "{}", "[]"):
+        kept.write_text(damaged)
+        again = evaluate(net, digits[:20], labels[:20], **options)  # as if it were missing
+        assert again.results["linf"].correct == report.results["linf"].correct
+    for damaged in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"settings\.json is damaged.*--overwrite"):
+            evaluate(net, digits[:20], labels[:20], **options)
+    evaluate(net, digits[:20], labels[:20], overwrite=True, **options)
+    evaluate(net, digits[:20], labels[:20], **options)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        evaluate(net, digits[:20], labels[:20], **{**options, "folder": kept})
+
+
 def test_budgets_that_differ_look_different(flow) -> None:
     for one, other in (("l2=1.001", "l2=1.0049"), ("om=0.1005", "om=0.1014")):
         assert (

@@ -443,6 +443,12 @@ def test_what_cannot_be_trained_on_or_written_is_told_before_the_work(tmp_path: 
         Recipe(epochs=1, weight_decay=-1)
 
 
+def test_a_training_that_diverged_says_so(data: ImageData, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, lr=1e6, warmup=0, every=5, ema=0.0)
+    with pytest.raises(ValueError, match=r"the training diverged.*smaller lr"):
+        train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+
+
 def test_of_few_images_a_fifth_is_held_out(data: ImageData, tmp_path: Path) -> None:
     """A fiftieth would be one, on which the best weights and the radius would rest."""
     few = data.take(torch.arange(60))
