@@ -98,7 +98,7 @@ class Result(Entry):
     correct: str
     seconds: float = 0.0
     notes: Mapping[str, float] = field(default_factory=dict)
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = field(default=(), repr=False)
     seen: tuple[int, ...] = ()
 
     @classmethod

@@ -121,7 +121,7 @@ class BatchTransform(nn.Module):
             place = self._lies_in[name]
             raise AttributeError(
                 f"{name} of a {type(self).__name__} lies in its .{place}: set .{place} to "
-                f"dataclasses.replace(.{place}, {name}=...)."
+                f"dataclasses.replace(t.{place}, {name}=...)."
             )
         self._check_setting(name, value)
         super().__setattr__(name, value)
@@ -238,7 +238,8 @@ class BatchTransform(nn.Module):
         check_place()
         if needed and self.model is None:
             raise ValueError(
-                f"{type(self).__name__} has no model yet: pass it, or call .bind(model) first."
+                f"{type(self).__name__} has no model yet (and none any more where it was "
+                "pickled): pass it, or call .bind(model) first."
             )
 
     def _admitted(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:

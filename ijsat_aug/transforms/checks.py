@@ -79,7 +79,7 @@ def check_channels(flow: Manifold | None, images: Tensor) -> Manifold:
     if wanted != given:
         fix = {
             (1, 3): "make them grey with v2.Grayscale()",
-            (3, 1): "repeat the channel: x.expand(-1, 3, -1, -1)",
+            (3, 1): "name a flow of grey images, or repeat the channel: x.expand(-1, 3, -1, -1)",
         }.get((wanted, given), "convert the images")
         raise ValueError(
             f"the flow takes images of {wanted} channels, the batch has {given} (known flows: "

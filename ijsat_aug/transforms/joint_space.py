@@ -67,9 +67,9 @@ class JointSpaceAdv(BatchTransform):
             ``"sequential"`` first lambda, then delta.
         latent_steps: In how many of the steps lambda moves; the flow rests in the others.
         method: ``"exact"``, through the decoder in every step; or ``"linear"``: one latent step
-            along the gradient at z, which needs no decode before it and leaves r out (below 1e-5 in
-            float32). By default linear where there is one step, as long as it does not climb the
-            KL: it is cheaper there, and no weaker.
+            along the gradient at z, which needs no decode before it and leaves r out (as small as
+            the flow's round trip, see its card). By default linear where there is one step, as long
+            as it does not climb the KL: it is cheaper there, and no weaker.
         objective: ``"ce"``; ``"bce"`` of several labels an image, ``(B, C)`` from 0 to 1; ``"kl"``
             (from the clean prediction, as TRADES); ``"margin"``; or a callable
             ``(logits, labels) -> (B,)`` that gets the labels unchanged.
@@ -94,7 +94,8 @@ class JointSpaceAdv(BatchTransform):
         amp_dtype: Autocast of the model in the attack; by default the caller's. Images and bounds
             stay in float32.
         memory_format: Of the images inside the attack; ``torch.channels_last`` is often faster.
-        generator: A generator or a seed; the global random state is then left alone.
+        generator: A generator or a seed; the global random state is then left alone. A seed begins
+            anew in a training that is resumed, and is the same in all processes: add their numbers.
 
     Attributes:
         last: Of the last batch, ``(B,)`` each: ``loss_start``; ``loss`` of the last image that the

@@ -87,7 +87,8 @@ class RobustMixup(BatchTransform):
             runs, or the mixing weights climb; a ``BatchTransform`` has its own.
         amp_dtype: Autocast of the model in the attack; by default the caller's.
         memory_format: Of the images inside the attack.
-        generator: A generator or a seed; the global random state is then left alone.
+        generator: A generator or a seed; the global random state is then left alone. A seed begins
+            anew in a training that is resumed, and is the same in all processes: add their numbers.
 
     Attributes:
         last: Of the last batch: ``lam``, the weight of the own image, and what the attack tells.
