@@ -253,3 +253,19 @@ def test_an_error_of_a_script_is_no_sentence_of_ours() -> None:
     with pytest.raises(ValueError, match="oops") as caught:
         exec("raise ValueError('oops')", {"__package__": None})
     assert not _is_plain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [("evaluate digits --model m:f", "evaluation.command"), ("show digits", "show")],
+)
+def test_what_was_asked_for_reaches_the_work(words, place, monkeypatch) -> None:
+    asked = {}
+
+    def work(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ijsat_aug.{place}.run", work)
+    run(*words.split(), "--mean", "0.1,0.2", "--std", "0.3,0.4", "--seed", 3)
+    assert (asked["mean"], asked["std"], asked["seed"]) == ((0.1, 0.2), (0.3, 0.4), 3)

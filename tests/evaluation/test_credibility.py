@@ -237,3 +237,32 @@ def test_answers_that_are_no_numbers(net, digits, labels) -> None:
     assert 0.3 < found.accuracy("clean") <= 0.55
     (warning,) = found.warnings
     assert "with no numbers (NaN): they count as wrong" in warning
+
+
+class Level(nn.Module):
+    """Whether an image is brighter than half, told by a BatchNorm or not."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = self.norm(x.flatten(1).mean(1, keepdim=True) - 0.5)
+        return torch.cat([-level, level], 1)
+
+
+def test_noise_that_fools_what_pgd_fools_is_no_reason_to_doubt() -> None:
+    x = torch.full((32, 1, 8, 8), 0.501)
+    model = Level(nn.Identity()).eval()
+    assert doubts(Victim(model), x, torch.ones(32, dtype=torch.long)) == []
+
+
+def test_statistics_of_a_batch_that_lose_clean_images_tell_nothing_of_attacks() -> None:
+    x = (0.6 + 0.02 * torch.rand(40, 1, 1, 1)).expand(40, 1, 4, 4).clone()
+    model = Level(nn.BatchNorm1d(1, affine=False)).eval()
+    assert doubts(Victim(model), x, torch.ones(40, dtype=torch.long)) == []
+
+
+def test_two_images_of_a_thousand_are_chance() -> None:
+    assert black_box_wins({"FAB-T": 500, "Square": 498}, 1000) is None
+    assert black_box_wins({"FAB-T": 500, "Square": 497}, 1000) is not None

@@ -216,3 +216,10 @@ def test_what_is_no_report(content, tmp_path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match="is no report of an evaluation"):
         Report.load(tmp_path / "a.json")
+
+
+def test_other_steps_are_not_compared() -> None:
+    ours = {"clean": result("clean", "11", "clean"), "linf": result("linf", "10")}
+    base = Report({"data": "d"}, {**ours, "linf": replace(ours["linf"], steps=10)})
+    lines = {row.title: row.difference for row in rows(Report({"data": "d"}, ours), base)}
+    assert lines["LINF"] == ""

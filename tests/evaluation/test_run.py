@@ -14,9 +14,12 @@ import torchattacks
 from torch import Tensor, nn
 
 from ijsat_aug import load_flow
-from ijsat_aug.evaluation import Found, Threat, evaluate
+from ijsat_aug.evaluation import Found, Threat, Victim, evaluate
+from ijsat_aug.evaluation.draws import Draws
+from ijsat_aug.evaluation.report import Entry, Result
 from ijsat_aug.evaluation.run import Batches
-from ijsat_aug.evaluation.threats import GROUPS, make_threat, select_threats
+from ijsat_aug.evaluation.store import Store, fingerprint
+from ijsat_aug.evaluation.threats import GROUPS, joint, make_threat, select_threats
 from ijsat_aug.flows import Pyramid, Tiles
 from ijsat_aug.functional import joint_space_adv
 
@@ -518,3 +521,94 @@ def test_large_images_have_the_budgets_of_large_images() -> None:
     small = {name: make_threat(name).budget for name in GROUPS["unseen"]}
     assert (small["elastic"], small["jpeg_linf"], small["jpeg_l1"]) == ("1", "0.25", "256")
     assert all(found[name] == small[name] for name in ("stadv", "recolor", "fog", "snow", "gabor"))
+
+
+def test_latents_start_anywhere_in_the_ball(digits, flow) -> None:
+    seen = []
+
+    class Heard:
+        """The flow, which tells what it decodes."""
+
+        shape, latent_dim = flow.shape, flow.latent_dim
+
+        def encode(self, x: Tensor) -> Tensor:
+            return flow.encode(x)
+
+        def decode(self, z: Tensor) -> Tensor:
+            seen.append(z.detach())
+            return flow.decode(z)
+
+    x, y = digits[:8], torch.arange(8)
+    victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    with victim.frozen():
+        joint(Heard(), "linf", 0.0, 0.1, 1)(victim, x, y, Draws(0, "om", range(8)))
+    away = max((z - flow.encode(x) for z in seen[:2]), key=lambda d: d.abs().max())
+    assert abs(away.mean()) < 0.02
+    assert away.min() < -0.09
+
+
+def test_parts_count_over_all_batches(net, digits, labels) -> None:
+    def attack(victim, x, y, draws) -> Found:
+        return Found(x, {"part": torch.ones_like(y, dtype=torch.bool)})
+
+    own = Threat("own", "Own", "unseen", "", 1, "here", attack)
+    found = evaluate(net, digits[:20], labels[:20], threats=[own], corruptions=[], batch_size=7)
+    assert found.results["own"].notes["part"] == found.results["clean"].correct.count("1")
+
+
+def test_the_next_batch_is_half_of_the_one_that_did_not_fit() -> None:
+    tries = []
+
+    def work(begin: int, end: int) -> None:
+        tries.append(end - begin)
+        if end - begin > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    Batches(64).run(5, work)
+    assert tries == [5, 2, 2, 1]
+
+
+def test_threats_have_draws_of_their_own(net, digits, labels) -> None:
+    drawn = []
+
+    def own(name: str) -> Threat:
+        def attack(victim, x, y, draws) -> Found:
+            drawn.append(draws.uniform((len(x), 4)))
+            return Found(x)
+
+        return Threat(name, name, "unseen", "", 1, "here", attack)
+
+    evaluate(net, digits[:9], labels[:9], threats=[own("one"), own("two")], corruptions=[])
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("change", [{"mean": 0.4, "std": 0.25}, {"mean": 0.5, "std": 0.3}])
+def test_another_normalisation_is_another_evaluation(change, tmp_path) -> None:
+    def model(x: Tensor) -> Tensor:
+        return torch.tensor([0.0, 1.0]).expand(len(x), 2)
+
+    options = {"threats": [], "corruptions": [], "folder": tmp_path}
+    x, y = torch.rand(4, 1, 4, 4), torch.ones(4).long()
+    evaluate(model, x, y, mean=0.5, std=0.25, **options)
+    with pytest.raises(ValueError, match=r"results of another (mean|std)"):
+        evaluate(model, x, y, **change, **options)
+
+
+def test_answers_of_another_machine_are_those_of_the_same_model(tmp_path) -> None:
+    Store(tmp_path, {"seed": 0, "logits": [1.0, -2.0]})
+    Store(tmp_path, {"seed": 0, "logits": [1.001, -2.001]})
+    with pytest.raises(ValueError, match="results of another model"):
+        Store(tmp_path, {"seed": 0, "logits": [1.1, -2.0]})
+
+
+def test_another_shape_or_precision_is_another_thing() -> None:
+    x = torch.zeros(2, 6)
+    assert len({fingerprint(x), fingerprint(x.reshape(3, 4)), fingerprint(x.int())}) == 3
+
+
+def test_other_steps_are_another_result(tmp_path) -> None:
+    store = Store(tmp_path, {})
+    entry = Entry("own", "Own", "unseen", "1", 5, "here")
+    store.put(Result.of(entry, "10"))
+    assert store.get(entry) is not None
+    assert store.get(Entry("own", "Own", "unseen", "1", 6, "here")) is None

@@ -350,3 +350,11 @@ def test_one_image_has_no_variance() -> None:
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
     with pytest.raises(ValueError, match="1 images have no variance"):
         NormflowsManifold(model, (1, 2, 2), flat=True).standardised(torch.rand(1, 1, 2, 2))
+
+
+def test_standardised_anew_it_is_that_of_the_new_images() -> None:
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
+    manifold = NormflowsManifold(model, (1, 2, 2), flat=True)
+    one, two = torch.rand(50, 1, 2, 2), 0.1 * torch.rand(50, 1, 2, 2)
+    z = manifold.standardised(one).standardised(two).encode(two)
+    assert torch.allclose(z, manifold.standardised(two).encode(two), atol=1e-4)

@@ -281,3 +281,8 @@ def test_no_radius_can_be_told_of_a_flow_that_is_never_finite() -> None:
     calibrated = SimpleNamespace(info={"calibration": {"recommended": {"linf": 0.0}}})
     with pytest.raises(ValueError, match="not finite at the smallest radius"):
         recommended_eta(calibrated, "linf")
+
+
+def test_half_a_level_beside_the_range_is_rounding(flow, digits) -> None:
+    table = calibrate(flow, digits[:64], etas=(1e-4,))
+    assert table["linf"][0]["random"]["out_of_range"] == 0

@@ -327,3 +327,9 @@ def test_a_place_at_home_is_not_overwritten_either(folder: Path, tmp_path, monke
     with pytest.raises(FileExistsError, match="already holds a flow"):
         convert_checkpoint("~/old.pt", CONFIG, "~/new", name="other")
     assert load_flow("~/new").info["name"] == "precious"
+
+
+def test_two_cards_of_the_same_weights_are_two_flows(tmp_path) -> None:
+    config, state = load_state("digits")
+    flows = [load_flow(save_flow(tmp_path / d, config, state, data=d)) for d in ("one", "two")]
+    assert [flow.info["data"] for flow in flows] == ["one", "two"]

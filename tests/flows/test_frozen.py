@@ -459,3 +459,11 @@ def test_large_latent_moves_stay_finite(name: str) -> None:
         moved = flow.decode(z + eta * torch.randn_like(z).sign())
         assert moved.isfinite().all()
         assert moved.abs().max() < 10
+
+
+def test_samples_are_pixels_and_a_temperature_of_zero_is_the_middle(flow) -> None:
+    x = flow.sample(64, temperature=1.5)
+    assert x.min() == 0
+    assert x.max() == 1
+    middle = flow.decode(torch.zeros(1, 64)).clamp(0, 1)
+    assert torch.allclose(flow.sample(2, temperature=0.0), middle.expand(2, -1, -1, -1), atol=1e-5)

@@ -302,3 +302,8 @@ def test_a_real_photograph_at_its_own_size() -> None:
     assert 0.005 < (worse - picture).square().mean().sqrt() < 0.1
     with ModelHandle(net).frozen(torch.device("cpu"), None):
         assert net(worse).isfinite().all()
+
+
+def test_tiles_of_another_size_keep_their_overlap(flow) -> None:
+    tiles = at_size(Tiles(flow, (20, 13), overlap=5), (24, 16))
+    assert (tiles.overlap, tiles.shape) == (5, (1, 24, 16))

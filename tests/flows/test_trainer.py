@@ -516,3 +516,30 @@ def test_a_training_does_not_go_on_with_another_learning_rate(trained: Path, dat
         recipe = dataclasses.replace(SHORT, **change)
         with pytest.raises(ValueError, match=rf"its {next(iter(change))} was"):
             train_flow(data, CONFIG, trained, recipe, resume=True, quiet=True)
+
+
+def test_mirrored_images_are_a_matter_of_the_seed(data: ImageData, tmp_path: Path) -> None:
+    recipe, states = dataclasses.replace(SHORT, flip=True, epochs=0.2), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # not the training's
+        out = train_flow(data, CONFIG, tmp_path / str(seed), recipe, quiet=True)
+        states.append(load_state(out)[1])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_time_of_a_training_is_that_of_all_its_parts(
+    data: ImageData, tmp_path: Path, monkeypatch
+) -> None:
+    milestone = trainer._Run._milestone
+
+    def stop(run: trainer._Run, *arguments: Any) -> None:
+        run.progress.seconds = 3600
+        milestone(run, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "_milestone", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
+    train_flow(data, CONFIG, tmp_path / "flow", SHORT, resume=True, quiet=True)
+    assert load_flow(tmp_path / "flow").info["training"]["minutes_taken"] >= 60

@@ -122,3 +122,11 @@ def test_float64_stays() -> None:
         assert found.dtype == torch.float64
         assert found != loss(clean.float(), worse.float(), y)
     assert IATLoss()(clean, y, worse, y).dtype == torch.float64
+
+
+def test_low_precision_is_the_models_alone() -> None:
+    low = [torch.randn(16, 10).bfloat16() for _ in range(2)]
+    full, y = [t.float() for t in low], torch.randint(10, (16,))
+    for loss in (TRADESLoss(), lambda a, b, y: IATLoss()(a, y, b, y)):
+        assert loss(*low, y).dtype == torch.float32
+        assert torch.equal(loss(*low, y), loss(*full, y))

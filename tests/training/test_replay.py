@@ -348,3 +348,11 @@ def test_an_attack_of_the_users_rests_too(digits, labels) -> None:
     mix = RobustMixup(num_classes=10, attack=lambda x, t: calls.append(1) or x)
     list(AugmentedLoader(loader(digits, labels, 12, 4), mix, every=2))
     assert len(calls) == 2
+
+
+def test_the_last_showing_asks_for_no_gradient(net, digits, labels) -> None:
+    asked = []
+    for x, y in AugmentedLoader(loader(digits, labels, 8), JointSpaceAdv(eta=0), replay=3):
+        asked.append(x.requires_grad)
+        F.cross_entropy(net(x), y).backward()
+    assert asked == [True, True, False]

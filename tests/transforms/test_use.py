@@ -16,6 +16,7 @@ from ijsat_aug import BatchTransform, JointSpaceAdv, RobustMixup
 from ijsat_aug.flows import Tiles
 from ijsat_aug.functional import joint_space_adv, robust_mixup
 from ijsat_aug.transforms.replay import replay
+from ijsat_aug.transforms.structure import geometry_in, take_apart
 
 
 def test_a_model_or_an_attack_is_not_assigned(network) -> None:
@@ -361,3 +362,25 @@ def test_masks_are_told_where_they_belong(network, digits) -> None:
     for transform in (JointSpaceAdv(network, eta=0), RobustMixup(network, num_classes=5)):
         with pytest.raises(ValueError, match=r"JointSpaceAdv takes masks with an objective="):
             transform(digits[:6], masks)
+
+
+def test_of_labels_that_stand_twice_the_first_are_replaced(digits, labels) -> None:
+    x, y = digits[:4], labels[:4]
+    _, soft, kept = RobustMixup(num_classes=10, eps=0)(x, y, y)
+    assert soft.shape == (4, 10)
+    assert kept is y
+
+
+def test_a_picture_comes_before_what_has_a_usual_name(digits) -> None:
+    batch = {"image": ["a.png", "b.png"], "pixel_values": digits[:2]}
+    assert take_apart((batch,), "default").images is batch["pixel_values"]
+
+
+def test_keypoints_are_geometry() -> None:
+    points = tv_tensors.KeyPoints(torch.zeros(1, 2), canvas_size=(8, 8))
+    assert geometry_in([torch.zeros(1), points]) == ["KeyPoints"]
+
+
+def test_a_batch_that_is_left_out_comes_without_a_graph(net, digits, labels) -> None:
+    x = digits[:4].clone().requires_grad_()
+    assert not JointSpaceAdv(net, eta=0, p=0)(x, labels[:4])[0].requires_grad
