@@ -269,3 +269,19 @@ def test_what_was_asked_for_reaches_the_work(words, place, monkeypatch) -> None:
     monkeypatch.setattr(f"ijsat_aug.{place}.run", work)
     run(*words.split(), "--mean", "0.1,0.2", "--std", "0.3,0.4", "--seed", 3)
     assert (asked["mean"], asked["std"], asked["seed"]) == ((0.1, 0.2), (0.3, 0.4), 3)
+
+
+def test_options_of_train_flow_reach_it(tmp_path: Path, monkeypatch) -> None:
+    asked = {}
+
+    def train(images, config, out, recipe, **options) -> None:
+        asked.update(recipe=recipe, **options)
+
+    monkeypatch.setattr("ijsat_aug.flows.trainer.train_flow", train)
+    words = "--epochs 1 --flip --clip 3 --ema 0.5 --warmup 7 --held-out 0.3 --weight-decay 0.1"
+    result = run("train-flow", "digits", tmp_path / "f", *words.split(), "--test", "digits")
+    assert result.exit_code == 0, result.output
+    recipe = asked["recipe"]
+    assert (recipe.flip, recipe.clip, recipe.ema, recipe.warmup) == (True, 3, 0.5, 7)
+    assert (recipe.held_out, recipe.weight_decay) == (0.3, 0.1)
+    assert len(asked["test"].images) == 297

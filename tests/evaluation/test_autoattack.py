@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import nn
 
-from ijsat_aug.evaluation import Victim, evaluate
+from ijsat_aug.evaluation import Victim, autoattack, evaluate
 from ijsat_aug.evaluation.autoattack import auto_attack
 from ijsat_aug.evaluation.draws import Draws
 
@@ -77,3 +77,12 @@ def test_nothing_left_to_attack(net, digits, labels) -> None:
     wrong = (labels[:5] + 1) % 10
     found = evaluate(net, digits[:5], wrong, threats=["autoattack"], corruptions=[])
     assert found.accuracy("autoattack") == 0
+
+
+def test_the_seed_decides_what_it_draws(monkeypatch) -> None:
+    seeds = []
+    monkeypatch.setattr(autoattack, "_parts", lambda *given: seeds.append(given[4]) or {})
+    victim, x = Victim(nn.Flatten()), torch.rand(4, 1, 2, 2)
+    for seed in (0, 0, 1):
+        autoattack.auto_attack("linf", 0.1)(victim, x, torch.arange(4), Draws(seed, "a", range(4)))
+    assert seeds[0] == seeds[1] != seeds[2]

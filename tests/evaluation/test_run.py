@@ -612,3 +612,20 @@ def test_other_steps_are_another_result(tmp_path) -> None:
     store.put(Result.of(entry, "10"))
     assert store.get(entry) is not None
     assert store.get(Entry("own", "Own", "unseen", "1", 6, "here")) is None
+
+
+class Levels(nn.Module):
+    """A network that answers images of whole levels alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = ((16 * x).round() == 16 * x).flatten(1).all(1, keepdim=True)
+        return self.net(x).where(whole, torch.nan)
+
+
+def test_an_image_without_an_answer_is_no_success(net, digits, labels) -> None:
+    found = evaluate(Levels(net), digits[:20], labels[:20], threats=["fog=0.5@2"], corruptions=[])
+    assert found.accuracy("fog") == found.accuracy("clean") > 0.5

@@ -543,3 +543,27 @@ def test_the_time_of_a_training_is_that_of_all_its_parts(
             train_flow(data, CONFIG, tmp_path / "flow", SHORT, quiet=True)
     train_flow(data, CONFIG, tmp_path / "flow", SHORT, resume=True, quiet=True)
     assert load_flow(tmp_path / "flow").info["training"]["minutes_taken"] >= 60
+
+
+def test_what_the_recipe_says_is_done(data: ImageData, tmp_path: Path, monkeypatch) -> None:
+    seen, milestone = [], trainer._Run._milestone
+
+    def look(run: trainer._Run, *arguments: Any) -> None:
+        (group,) = run.optimizer.param_groups
+        norms = [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
+        seen.append((group["lr"], group["weight_decay"], float(torch.stack(norms).norm())))
+        milestone(run, *arguments)
+
+    monkeypatch.setattr(trainer._Run, "_milestone", look)
+    recipe = dataclasses.replace(SHORT, warmup=1000, clip=1e-3, weight_decay=0.25)
+    train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    lr, decay, norm = seen[0]  # after 10 of 20 steps
+    assert lr > 0.4 * recipe.lr  # a short training is warm after a tenth of it
+    assert decay == 0.25
+    assert norm <= 1.01e-3
+
+
+def test_the_average_of_weights_forgets_their_start() -> None:
+    average, now = torch.zeros(1), torch.ones(1)
+    trainer._Warming(0.999)([average], [now], 0)
+    assert average.item() == pytest.approx(0.9)

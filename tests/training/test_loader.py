@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+)
 
 from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
 from ijsat_aug.training import collate
@@ -289,3 +295,23 @@ def test_a_look_at_the_first_batch_begins_no_epoch(data, network) -> None:
     assert attacked == [False, True, False]
     short = AugmentedLoader(DataLoader(data, batch_size=len(data)), mix, epochs=(1, None))
     assert ["loss" in mix.last for _ in range(2) for _ in short] == [False, True]
+
+
+def test_a_sampler_in_a_batch_sampler_is_told(digits, labels) -> None:
+    class Plain:
+        """Batches of a sampler, which count no epochs themselves."""
+
+        def __init__(self, sampler) -> None:
+            self.sampler = sampler
+
+        def __iter__(self):
+            yield from BatchSampler(self.sampler, 4, drop_last=False)
+
+        def __len__(self) -> int:
+            return 2
+
+    data = TensorDataset(digits[:8], labels[:8])
+    sampler = DistributedSampler(data, 1, 0)
+    loader = AugmentedLoader(DataLoader(data, batch_sampler=Plain(sampler)), lambda batch: batch)
+    loader.set_epoch(5)
+    assert sampler.epoch == 5

@@ -680,3 +680,18 @@ def test_an_attack_that_is_told_to_rest_leaves_the_blends_alone(net, digits, lab
     mix.attack.eval()
     mix(digits[:4], labels[:4])
     assert mix.last.keys() == {"lam"}
+
+
+def test_the_mode_of_the_model_reaches_the_built_in_attack(network, digits, labels) -> None:
+    modes = []
+    network.register_forward_hook(lambda m, i, o: modes.append(m.training))
+    for mode in ("eval", "train"):
+        robust_mixup(
+            digits[:4], labels[:4], network, lam=0.5, num_classes=10, eps=0.1, model_mode=mode
+        )
+    assert modes == [False, True]
+
+
+def test_the_mode_of_a_preset_is_that_of_its_attack(net) -> None:
+    mix = RobustMixup.preset("accuracy", net, "digits", num_classes=10, model_mode="train")
+    assert mix.attack.handle.mode == mix.handle.mode == "train"

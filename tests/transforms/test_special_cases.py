@@ -263,3 +263,15 @@ def test_what_does_not_move_stays_bit_for_bit(net, digits, labels) -> None:
     scale = {"mean": 0.4914, "std": 0.247}
     adv = JointSpaceAdv(net, eta=0, eps=0.1, step_size=0.0, random_start=False, **scale)
     assert torch.equal(adv(x, labels)[0], x)
+
+
+def test_dropout_in_the_functional_form_has_a_seed(network, digits, labels) -> None:
+    network[6].p = 0.5
+    state = torch.get_rng_state()
+    one, two, other = (
+        joint_space_adv(digits, labels, network, eps=0.1, steps=2, model_mode="train", seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
