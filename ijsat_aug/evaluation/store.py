@@ -9,6 +9,8 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..flows.files import check_target, write_atomically
 from .report import Entry, Result, read_result
 
@@ -143,9 +145,15 @@ def _parts(thing: Any, name: str = "tensor", depth: int = 5) -> Iterator[bytes]:
     elif is_dataclass(thing):
         for field in fields(thing):
             yield from _parts(getattr(thing, field.name), field.name)
-    elif isinstance(thing, tuple):
+    elif isinstance(thing, np.ndarray):
+        yield f"{name}{thing.shape}{thing.dtype}".encode()
+        yield np.ascontiguousarray(thing).tobytes()
+    elif isinstance(thing, (tuple, list)) and depth:
         for number, part in enumerate(thing):
-            yield from _parts(part, str(number))
+            yield from _parts(part, str(number), depth - 1)
+    elif isinstance(thing, dict) and depth:
+        for key, part in thing.items():
+            yield from _parts(part, str(key), depth - 1)
     elif depth and repr(thing) == object.__repr__(thing) and hasattr(thing, "__dict__"):
         yield type(thing).__qualname__.encode()  # not the repr, which is a place in memory
         for key, value in vars(thing).items():

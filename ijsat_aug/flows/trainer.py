@@ -133,14 +133,14 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
     for part in (data, test):
         if part is None:
             continue
+        if len(part.images) < 2:
+            raise ValueError(
+                f"{part.name} holds {len(part.images)} images; a flow needs at least 2."
+            )
         if part.images.is_floating_point() or int(part.images.min()) < 0:
             raise TypeError(
                 f"{part.name} holds {part.images.dtype} from {float(part.images.min()):.3g}; a "
                 "flow is trained on grey levels, integers from 0."
-            )
-        if len(part.images) < 2:
-            raise ValueError(
-                f"{part.name} holds {len(part.images)} images; a flow needs at least 2."
             )
         if tuple(part.images.shape[1:]) != config.shape:
             raise ValueError(

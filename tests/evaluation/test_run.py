@@ -629,3 +629,17 @@ class Levels(nn.Module):
 def test_an_image_without_an_answer_is_no_success(net, digits, labels) -> None:
     found = evaluate(Levels(net), digits[:20], labels[:20], threats=["fog=0.5@2"], corruptions=[])
     assert found.accuracy("fog") == found.accuracy("clean") > 0.5
+
+
+class Holding:
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+
+def test_what_a_manifold_holds_in_lists_dicts_and_arrays_tells_it_apart() -> None:
+    """Though a large tensor's words, with an ellipsis, are those of another."""
+    matrix, other = torch.zeros(64, 64), torch.zeros(64, 64)
+    other[30, 30] = 1
+    for hold in (lambda m: [m], lambda m: {"m": m}, lambda m: m.numpy(), lambda m: ([m], 0)):
+        one, same, two = (Holding(hold(m)) for m in (matrix, matrix.clone(), other))
+        assert fingerprint(one) == fingerprint(same) != fingerprint(two)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from ijsat_aug import CheckpointError, GlowConfig, load_flow, save_flow
 from ijsat_aug.flows.checkpoint import convert_checkpoint, load_state
+from ijsat_aug.flows.files import write_atomically
 from ijsat_aug.flows.glow import build_glow
 from tests.conftest import random_glow
 
@@ -333,3 +335,8 @@ def test_two_cards_of_the_same_weights_are_two_flows(tmp_path) -> None:
     config, state = load_state("digits")
     flows = [load_flow(save_flow(tmp_path / d, config, state, data=d)) for d in ("one", "two")]
     assert [flow.info["data"] for flow in flows] == ["one", "two"]
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path) -> None:
+    write_atomically(tmp_path / "a", b"")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644

@@ -436,6 +436,8 @@ def test_what_cannot_be_trained_on_or_written_is_told_before_the_work(tmp_path: 
     floats = ImageData(data.pixels, None, 17, "pixels")
     with pytest.raises(TypeError, match="a flow is trained on grey levels"):
         train_flow(floats, config, tmp_path / "a", Recipe(epochs=1), quiet=True)
+    with pytest.raises(ValueError, match="holds 0 images; a flow needs at least 2"):
+        train_flow(data.take(torch.arange(0)), config, tmp_path / "a", Recipe(epochs=1), quiet=True)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, and cannot hold"):
         train_flow(data, config, tmp_path / "file", Recipe(epochs=1), quiet=True)
@@ -567,3 +569,7 @@ def test_the_average_of_weights_forgets_their_start() -> None:
     average, now = torch.zeros(1), torch.ones(1)
     trainer._Warming(0.999)([average], [now], 0)
     assert average.item() == pytest.approx(0.9)
+
+
+def test_a_test_split_is_what_the_radius_is_measured_on(trained: Path) -> None:
+    assert load_flow(trained).info["calibration"]["images"] == 256  # of 297; 150 are held out
