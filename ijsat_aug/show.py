@@ -61,8 +61,8 @@ def run(
     data = load_images(source, size=size)
     if manifold is not None:
         check_channels(manifold, data.images)
-    latent = {"eta": 0} if manifold is None else {"eta": eta}
-    JointSpaceAdv(None, manifold, eps=eps, steps=steps, **latent)  # refuses, before a training
+    latent = 0 if manifold is None else eta
+    JointSpaceAdv(None, manifold, eps=eps, eta=latent, steps=steps)  # refuses, before a training
     if model is None:
         if weights is not None:
             raise ValueError("weights belong to a model: say which, with --model.")

@@ -144,10 +144,8 @@ def _clustered(lines: list[str]) -> Share:
     It is the interval of Agresti and Coull (1998), of four images more, two right and two wrong.
     """
     means = _means(lines)
-    count = len(means) + 4
-    middle = (sum(means) + 2) / count
-    spread = math.sqrt(((sum(m * m for m in means) + 2) / count - middle**2) / count)
-    return Share(fmean(means), max(0.0, middle - 1.96 * spread), min(1.0, middle + 1.96 * spread))
+    low, high = _interval(means, more=4, total=2, squares=2)
+    return Share(fmean(means), max(0.0, low), min(1.0, high))
 
 
 def _paired(ours: list[str], theirs: list[str]) -> Share:
@@ -157,11 +155,18 @@ def _paired(ours: list[str], theirs: list[str]) -> Share:
     and one half lost: few images that did not change are no proof that none will.
     """
     changes = [a - b for a, b in zip(_means(ours), _means(theirs), strict=True)]
-    count = len(changes) + 2
-    middle = sum(changes) / count
-    spread = math.sqrt(((1 + sum(c * c for c in changes)) / count - middle**2) / count)
-    low, high = (max(-1.0, min(1.0, middle + z * spread)) for z in (-1.96, 1.96))
-    return Share(fmean(changes), low, high)
+    low, high = _interval(changes, more=2, total=0, squares=1)
+    return Share(fmean(changes), max(-1.0, low), min(1.0, high))
+
+
+def _interval(
+    values: list[float], *, more: int, total: float, squares: float
+) -> tuple[float, float]:
+    """Of the mean of values, one an image, and of some more, whose sums these are."""
+    count = len(values) + more
+    middle = (sum(values) + total) / count
+    spread = math.sqrt(((sum(v * v for v in values) + squares) / count - middle**2) / count)
+    return middle - 1.96 * spread, middle + 1.96 * spread
 
 
 def _means(lines: list[str]) -> list[float]:

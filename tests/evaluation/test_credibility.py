@@ -147,12 +147,12 @@ def test_noise_that_is_stronger_than_gradients(digits) -> None:
     assert any("Noise of the same size fools 100%" in warning for warning in warnings)
 
 
-class Centred(nn.Module):
-    """Tells the few bright images of a batch from the many dark ones, by BatchNorm alone."""
+class Level(nn.Module):
+    """Whether an image is brighter than half, told by a BatchNorm or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(1, affine=False)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         level = self.norm(x.flatten(1).mean(1, keepdim=True) - 0.5)
@@ -163,7 +163,7 @@ def test_robustness_that_depends_on_batch_statistics() -> None:
     """An attack moves all images alike, and the statistics of the batch take that back."""
     y = (torch.arange(40) % 10 == 0).long()
     x = torch.where(y.bool(), 0.59, 0.49)[:, None, None, None].expand(40, 1, 4, 4).clone()
-    model = Centred().eval()
+    model = Level(nn.BatchNorm1d(1, affine=False)).eval()
     found = " ".join(doubts(Victim(model), x, y))
     assert "10% are right with BatchNorm's running statistics and 100% with those of" in found
     assert int(model.norm.num_batches_tracked) == 0
@@ -237,18 +237,6 @@ def test_answers_that_are_no_numbers(net, digits, labels) -> None:
     assert 0.3 < found.accuracy("clean") <= 0.55
     (warning,) = found.warnings
     assert "with no numbers (NaN): they count as wrong" in warning
-
-
-class Level(nn.Module):
-    """Whether an image is brighter than half, told by a BatchNorm or not."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        level = self.norm(x.flatten(1).mean(1, keepdim=True) - 0.5)
-        return torch.cat([-level, level], 1)
 
 
 def test_noise_that_fools_what_pgd_fools_is_no_reason_to_doubt() -> None:
