@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..precision import warn_if_emulated
 from .balls import at_full_size
 from .behind import Shared, roots
+from .hidden import is_compiled, told_of_others
 from .traces import RESTLESS, attributes_kept, buffers_kept, no_cached_weights, version_of
 
 __all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "unwrap"]
@@ -84,16 +86,15 @@ class ModelHandle:
                 f"{memory_format!r}."
             )
         self._model: Shared[Model | None] = Shared(None if model is None else unwrap(model))
-        if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in _parts(self.model)):
-            raise ValueError(
-                "the model holds a DistributedDataParallel or DataParallel module inside, whose "
-                "collectives an attack must not call: put that wrapper outermost."
-            )
+        _check_outermost(_parts(self.model))
         self.mode = mode
         self.amp_dtype = amp_dtype
         self.memory_format = memory_format
         self.route = route
-        self._writes: bool | None = None  # whether it changes its input; the first call tells
+        # What the first call tells: whether it changes its input, and what else it calls.
+        self._writes: bool | None = None
+        self._hidden: WeakSet[nn.Module] | None = None
+        self._stack: ExitStack | None = None  # of what is put back after the attack
 
     @property
     def model(self) -> Model | None:
@@ -103,7 +104,7 @@ class ModelHandle:
     @property
     def modules(self) -> list[nn.Module]:
         """All modules of the model, or behind a callable that is none."""
-        return list(_parts(self.model))
+        return list(dict.fromkeys([*_parts(self.model), *(self._hidden or ())]))
 
     def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
         """A handle on another model, with the same settings but for ``route``."""
@@ -128,7 +129,8 @@ class ModelHandle:
             images = images.clone()
         version = version_of(images)
         assert self.model is not None
-        logits = logits_of(self.model(images))
+        with self._watched():
+            logits = logits_of(self.model(images))
         changed = version_of(images) != version
         if changed and images is given:
             raise ValueError(
@@ -164,17 +166,8 @@ class ModelHandle:
             device: Where the images are.
             seed: Of dropout in ``mode="train"``; the global generator is then left alone.
         """
-        modules = [m for m in self.modules if hasattr(m, "training")]  # a jit.freeze has none
-        modes = [module.training for module in modules]
-        split = [(m, m.route) for m in modules if "auxiliary" in m._modules and hasattr(m, "route")]
-        if self.route == "auxiliary":
-            _check_still_split(modules)
-        found = [p for m in modules for p in m._parameters.values()]
-        trainable = [p for p in found if p is not None and p.requires_grad and p.is_leaf]
         with ExitStack() as stack:
             stack.enter_context(no_cached_weights())
-            if not _are_sharded(modules):  # FSDP keeps in attributes where it is in a pass
-                stack.enter_context(attributes_kept(m for m in modules if not _is_ours(m)))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if self.amp_dtype is not None:
@@ -182,11 +175,31 @@ class ModelHandle:
                 dtype = self.amp_dtype if low else None
                 warn_if_emulated(dtype, device.type, "leave amp_dtype out")
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
-            stack.enter_context(buffers_kept(modules, RESTLESS if self.mode == "eval" else None))
             if self.mode == "train" and seed is not None:
                 cuda = [device] if device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(cuda))
                 _seed(device, seed)
+            stack.enter_context(self._still(self.modules))
+            outer, self._stack = self._stack, stack
+            try:
+                yield
+            finally:
+                self._stack = outer
+
+    @contextmanager
+    def _still(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """These modules frozen, and as before afterwards."""
+        modules = [m for m in modules if hasattr(m, "training")]  # a jit.freeze has none
+        modes = [module.training for module in modules]
+        split = [(m, m.route) for m in modules if "auxiliary" in m._modules and hasattr(m, "route")]
+        if self.route == "auxiliary":
+            _check_still_split(modules)
+        found = [p for m in modules for p in m._parameters.values()]
+        trainable = [p for p in found if p is not None and p.requires_grad and p.is_leaf]
+        with ExitStack() as stack:
+            if not _are_sharded(modules):  # FSDP keeps in attributes where it is in a pass
+                stack.enter_context(attributes_kept(m for m in modules if not _is_ours(m)))
+            stack.enter_context(buffers_kept(modules, RESTLESS if self.mode == "eval" else None))
             try:
                 # Set flag by flag: a user's own train() may do more than set them.
                 for module in modules:
@@ -209,6 +222,25 @@ class ModelHandle:
                 for parameter in trainable:
                     parameter.requires_grad_()
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around the first call in an attack: freeze what it calls that we did not know of."""
+        if self._hidden is not None or self._stack is None:
+            yield
+            return
+        stack, hidden = self._stack, WeakSet[nn.Module]()
+
+        def freeze(module: nn.Module) -> None:
+            parts = list(module.modules())
+            _check_outermost(parts)
+            hidden.update(parts)
+            stack.enter_context(self._still(parts))
+
+        watch = nullcontext() if is_compiled(self.model) else told_of_others(self.modules, freeze)
+        with watch:
+            yield
+        self._hidden = hidden
+
     def _dtype(self, default: torch.dtype) -> torch.dtype:
         """The precision of the first kernel or matrix: norms and scales may have another."""
         parameters = (p for m in _parts(self.model) for p in m.parameters(recurse=False))
@@ -223,6 +255,14 @@ class ModelHandle:
         twin = self.to(self.model)
         twin._model = copy.deepcopy(self._model, memo)
         return twin
+
+
+def _check_outermost(modules: Iterable[nn.Module]) -> None:
+    if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in modules):
+        raise ValueError(
+            "the model holds a DistributedDataParallel or DataParallel module inside, whose "
+            "collectives an attack must not call: put that wrapper outermost."
+        )
 
 
 def _are_sharded(modules: Iterable[nn.Module]) -> bool:

@@ -105,11 +105,6 @@ def evaluate(
             f"corruptions are made of images of 1 or 3 channels, these have {x.shape[1]}: leave "
             "them out with corruptions=()."
         )
-    settings = {
-        "name": name, "model": victim.fingerprint(), "data": fingerprint(x, y),
-        "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
-        "flow": behind, "version": __version__,
-    }  # fmt: skip
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     check_logits(logits, 1, y, values=True)
@@ -123,6 +118,11 @@ def evaluate(
             "apart: the labels would mean others; give a folder for each class of the model, with "
             "an image at least."
         )
+    settings = {
+        "name": name, "model": victim.fingerprint(), "data": fingerprint(x, y),
+        "images": len(x), "mean": victim.scale.mean, "std": victim.scale.std, "seed": seed,
+        "flow": behind, "version": __version__,
+    }  # fmt: skip
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
     # A function has no weights to tell it from another, and a layer may have other gradients.

@@ -68,9 +68,9 @@ class Victim:
         return sorted({type(module).__qualname__ for module in self.handle.modules})
 
     def fingerprint(self) -> str:
-        """What tells it from others: weights, and of a function those of the modules behind it."""
-        behind = () if isinstance(self.model, nn.Module) else self.handle.modules
-        return fingerprint(self.model, *behind)
+        """What tells it from others: its weights, and those of modules that it calls besides."""
+        held = set(self.model.modules()) if isinstance(self.model, nn.Module) else ()
+        return fingerprint(self.model, *(m for m in self.handle.modules if m not in held))
 
     @property
     def device(self) -> torch.device:

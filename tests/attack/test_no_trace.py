@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -758,3 +761,118 @@ def test_a_cache_under_another_key_comes_back() -> None:
     with attributes_kept([net]):
         net.cache["other"] = net.cache.pop("bias")
     assert list(net.cache) == ["bias"]
+
+
+class _Deep:
+    """Holds a model further away than is looked, as a trainer does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.task = types.SimpleNamespace(net=net)
+        self.parts = types.SimpleNamespace(task=self.task)
+
+    def ask(self, x: Tensor) -> Tensor:
+        return self.parts.task.net(x)
+
+
+class _InAList(nn.Module):
+    """A module that PyTorch does not know the parts of."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.parts = [net]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](x)
+
+
+def _hidden(kind: str, net: nn.Module) -> Callable:
+    imported = types.ModuleType("imported")
+    imported.net = net
+    deep = _Deep(net)
+    return {
+        "of an imported module": lambda x: imported.net(x),
+        "of a trainer's task": lambda x: deep.parts.task.net(x),
+        "behind a method": deep.ask,
+        "in a list": _InAList(net),
+    }[kind]
+
+
+HIDDEN = ["of an imported module", "of a trainer's task", "behind a method", "in a list"]
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_hidden_model_is_frozen_too(kind: str, mode: str, network, digits, labels) -> None:
+    x, y = digits[:8], labels[:8]
+    network.append(nn.Dropout(0.5))
+    options = {"eta": 0, "steps": 2, "model_mode": mode, "generator": 0}
+    plain = JointSpaceAdv(network, **options)
+    expected = [plain(x, y)[0] for _ in range(2)]
+    before, hooks = state(network), len(module_hooks._global_forward_pre_hooks)
+    hidden = JointSpaceAdv(_hidden(kind, network), **options)
+    assert network not in hidden.handle.modules
+    for out in expected:
+        assert torch.equal(hidden(x, y)[0], out)
+        assert same(before, state(network))
+    assert network in hidden.handle.modules
+    assert len(module_hooks._global_forward_pre_hooks) == hooks
+
+
+def test_a_hidden_model_is_as_before_when_it_fails(network, digits, labels) -> None:
+    def fail(module: nn.Module, inputs: tuple) -> None:
+        raise RuntimeError("no more")
+
+    before = state(network)
+    adv = JointSpaceAdv(_hidden("in a list", network), eta=0, generator=0)
+    hook = network[3].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        adv(digits[:8], labels[:8])
+    hook.remove()
+    assert same(before, state(network))
+    assert not module_hooks._global_forward_pre_hooks
+    adv(digits[:8], labels[:8])
+    assert same(before, state(network))
+
+
+def test_hidden_collectives_are_refused(network, digits, labels) -> None:
+    adv = JointSpaceAdv(_hidden("in a list", nn.DataParallel(network)), eta=0)
+    with pytest.raises(ValueError, match="put that wrapper outermost"):
+        adv(digits[:8], labels[:8])
+
+
+def test_what_another_thread_calls_is_left_alone(network, digits, labels) -> None:
+    deep, modes = _Deep(nn.Dropout().train()), []
+
+    def ask(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(deep.ask, x).result()
+        modes.append(deep.task.net.training)
+        return network(x)
+
+    JointSpaceAdv(ask, eta=0, steps=2)(digits[:8], labels[:8])
+    assert modes == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_model_is_not_compiled_again_to_be_watched(network, digits, labels) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    x, y = digits[:8], labels[:8]
+    torch._dynamo.reset()
+    whole, inside, function = (copy.deepcopy(network) for _ in range(3))
+    inside.compile(backend=backend)
+    models = (
+        torch.compile(whole, backend=backend), nn.Sequential(inside),
+        torch.compile(lambda x: function(x), backend=backend),
+    )  # fmt: skip
+    for model in models:
+        graphs.clear()
+        adv = JointSpaceAdv(model, eta=0, steps=3)
+        for _ in range(2):
+            adv(x, y)
+        assert len(graphs) == 1
+    torch._dynamo.reset()

@@ -643,3 +643,19 @@ def test_what_a_manifold_holds_in_lists_dicts_and_arrays_tells_it_apart() -> Non
     for hold in (lambda m: [m], lambda m: {"m": m}, lambda m: m.numpy(), lambda m: ([m], 0)):
         one, same, two = (Holding(hold(m)) for m in (matrix, matrix.clone(), other))
         assert fingerprint(one) == fingerprint(same) != fingerprint(two)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_other_weights_that_are_hidden_are_another_model(as_module, tmp_path) -> None:
+    """Though the first image, a black one, gets the same answer."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    trainer = SimpleNamespace(task=SimpleNamespace(net=net))
+    model = nn.Flatten() if as_module else SimpleNamespace()
+    model.forward = lambda x: trainer.task.net(x)
+    x, y = torch.rand(4, 1, 4, 4), torch.ones(4).long()
+    x[0] = 0
+    options = {"threats": [], "corruptions": [], "folder": tmp_path}
+    evaluate(model if as_module else model.forward, x, y, **options)
+    nn.init.zeros_(net[1].weight)
+    with pytest.raises(ValueError, match="results of another model"):
+        evaluate(model if as_module else model.forward, x, y, **options)
