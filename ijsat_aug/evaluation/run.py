@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..attack.model import Model
 from ..flows.manifold import Manifold, on_device
 from ..flows.pyramid import Pyramid, Tiles
 from ..models import first_logits
-from ..transforms.checks import check_images
+from ..transforms.checks import check_images, find_flow
 from ..transforms.labels import as_target, check_logits
 from ..words import check_count
 from .corruptions import EXTRA, SEVERITIES, STANDARD, CorruptionFiles, corrupt
@@ -45,7 +46,7 @@ def evaluate(
     labels: Tensor,
     *,
     threats: Sequence[str | Threat] = ("all",),
-    flow: Manifold | None = None,
+    flow: Manifold | str | PathLike[str] | None = None,
     corruptions: Sequence[str] = ("standard",),
     corruption_files: str | Path | None = None,
     mean: Sequence[float] | float | None = None,
@@ -69,7 +70,8 @@ def evaluate(
         labels: Classes ``(N,)``.
         threats: Names as :func:`make_threat` takes them, groups (``"quick"`` is without AutoAttack,
             ``"standard"``, ``"unseen"``, ``"all"``), or :class:`Threat` objects.
-        flow: For the threats along a manifold; without it the groups leave them out.
+        flow: For the threats along a manifold, also by its name or folder; without it the groups
+            leave them out.
         corruptions: Names, ``"standard"`` (15) or ``"all"`` (19); none with ``()``.
         corruption_files: A folder in the layout of CIFAR-10-C: the official one is read, another is
             written at first and read from then on.
@@ -96,6 +98,7 @@ def evaluate(
     x, y = checked(images, labels)
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
+    flow = find_flow(flow)
     behind = None if flow is None else fingerprint(_weights(flow))
     flow = None if flow is None else on_device(flow, victim.device)
     chosen = select_threats(threats, flow, x.shape[1:])

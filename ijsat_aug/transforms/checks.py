@@ -38,6 +38,11 @@ def check_images(images: Any) -> None:
             "the transform after the samples were collated."
         )
     if not images.is_floating_point():
+        if images.ndim < 3:
+            raise TypeError(
+                f"the images are {images.dtype} of shape {tuple(images.shape)}: they come first, "
+                "then the labels."
+            )
         raise TypeError(
             f"the images are {images.dtype}, floats in [0, 1] are needed: divide 8-bit images by "
             "255, or use v2.ToDtype(torch.float32, scale=True)."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,9 +43,11 @@ def as_target(
         tensor([[1., 1.]])
     """
     if not isinstance(labels, Tensor) or type(labels).__name__ in _NO_LABELS:
+        numbers = isinstance(labels, (list, tuple, np.ndarray))
+        fix = "pass torch.as_tensor(labels)" if numbers else "labels_getter= tells where they are"
         raise TypeError(
-            f"labels must be a tensor of classes or probabilities, got {type(labels).__name__}; "
-            "labels_getter= tells where they are."
+            "labels must be a tensor of classes or probabilities, got "
+            f"{type(labels).__name__}; {fix}."
         )
     free = rows != "classes" and labels.ndim == 2
     if rows == "any" and labels.shape[1:] == (1,):  # a column of class numbers is a mistake
@@ -79,7 +82,7 @@ def as_target(
     if labels.ndim != 1:
         raise ValueError(
             f"integer labels must have shape ({count},), got {tuple(labels.shape)}; squeeze them, "
-            "or pass probabilities as floats."
+            "or pass rows as floats: labels.float()."
         )
     return labels.long()
 

@@ -211,6 +211,7 @@ def test_an_interrupted_evaluation_goes_on(net, digits, labels, tmp_path) -> Non
 def test_another_flow_of_the_same_shape_is_another_evaluation(net, digits, labels, flow, tmp_path):
     options = {"threats": ["om@1"], "corruptions": [], "folder": tmp_path / "state"}
     evaluate(net, digits[:20], labels[:20], flow=flow, **options)
+    evaluate(net, digits[:20], labels[:20], flow="digits", **options)  # the same one
     moved = dataclasses.replace(flow, mean=flow.mean + 0.01)
     with pytest.raises(ValueError, match="results of another flow"):
         evaluate(net, digits[:20], labels[:20], flow=moved, **options)

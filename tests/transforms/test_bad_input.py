@@ -35,6 +35,7 @@ def untouchable() -> nn.Module:
     ("x", "error", "message"),
     [
         ((255 * X).byte(), TypeError, r"uint8.*divide 8-bit images by 255"),
+        (Y, TypeError, r"images are torch.int64 of shape \(4,\): they come first"),
         ((255 * X).long(), TypeError, r"int64.*divide"),
         (255 * X, ValueError, r"outside \[0, 1\].*mean= and std=.*255"),
         (X - 0.5, ValueError, r"values from -0\.\d+ to 0\.\d+, outside"),
@@ -70,12 +71,17 @@ def test_the_size_of_a_flow_in_the_functional_form(untouchable, flow) -> None:
     [
         (Y[:3], ValueError, r"4 images and labels of shape \(3,\)"),
         (Y[:, None], ValueError, "squeeze"),
+        (torch.eye(4).long(), ValueError, r"pass rows as floats: labels.float\(\)"),
         (Y.float(), ValueError, r"probabilities of shape \(4, classes\).*labels.long"),
         (Y.bool(), TypeError, "torch.bool"),
         (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4, 8, 8\) are none"),
         (torch.tensor(3), ValueError, r"labels of shape \(\)"),
-        ([0, 1, 2, 3], TypeError, "must be a tensor of classes or probabilities, got list"),
-        (Y.numpy(), TypeError, "got ndarray"),
+        (
+            [0, 1, 2, 3],
+            TypeError,
+            "must be a tensor of classes or probabilities, got list; pass torch.as_tensor",
+        ),
+        (Y.numpy(), TypeError, "got ndarray; pass torch.as_tensor"),
         ({"label": Y}, TypeError, "got dict; labels_getter="),
         (-100 * torch.rand(4, 10), ValueError, "rows >= 0 that sum to 1"),
         (torch.full((4, 10), torch.nan), ValueError, "rows >= 0 that sum to 1"),
