@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,14 +237,44 @@ def shapes_table() -> str:
     return markdown(head, rows)
 
 
-def lowdata_table(rows: Container[str] | None = None) -> str:
+def lowdata_table() -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
     rivals = {"mixup": "mixup", _EACH: _EACH, "mixup for as long": "mixup, for as long as {}"}
-    return _study(load("lowdata-cifar10"), ">labels", rivals, rows=rows)
+    return _study(load("lowdata-cifar10"), ">labels", rivals)
 
 
 _EACH = "mixup, a weight an image"
-_FEW = ("plain", "CutMix", "mixup", _EACH, "mixup + latent step, second half")
+_PRESET = "mixup + latent step, second half"
+
+
+def few_table() -> str:
+    """Accuracy with few labels in short: what the preset stands beside, and what it is ahead."""
+    result = load("lowdata-cifar10")
+    tables = result["table"].values()
+    longer = f"mixup, for as long as {_PRESET}"
+    names = {
+        "plain": "plain", "CutMix": "CutMix", "mixup": "mixup", _EACH: _EACH,
+        longer: "mixup, for as long as the preset", _PRESET: '**`preset("accuracy")`**',
+    }  # fmt: skip
+    body = []
+    for name, shown in names.items():
+        cells = [_interval(table[name]["accuracy"]) for table in tables]
+        times = [table[name]["time"] for table in tables if table[name]["time"]]
+        body.append([shown, *cells, _range(times)])
+    for rival in ("mixup", _EACH, longer):
+        gains = [_interval(table[_PRESET][f"over {rival}"], "+") for table in tables]
+        shorter = names[rival].removesuffix(" as the preset")
+        body.append([f"the preset over {shorter}", *gains, ""])
+    labels = [f">{int(count):,} labels" for count in result["table"]]
+    shown_runs = [one for one in result["runs"] if one["row"] in names]
+    note = f"{_note({**result, 'runs': shown_runs})} Time of a training, against a plain one."
+    return markdown(["", *labels, ">time"], body, note)
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest."""
+    ends = [f"{value:.1f}" for value in (min(values), max(values))] if values else []
+    return "–".join(dict.fromkeys(ends))
 
 
 def augmentations_table() -> str:
@@ -323,16 +353,13 @@ def _study(
     setting: str,
     rivals: Mapping[str, str],
     told: str = "",
-    rows: Container[str] | None = None,
 ) -> str:
-    """The table of a study, or these rows: accuracy, what it is over its rivals, what it took."""
+    """The table of a study: accuracy, what it is over its rivals, what it took."""
     over = [f"over {rival}" for rival in rivals]
     head = [setting, "augmentation", "accuracy", *over, ">seeds", ">steps", ">passes", ">time"]
     body = []
     for title, table in result["table"].items():
         for name, row in sorted(table.items(), key=lambda item: item[1]["time"] or math.inf):
-            if rows is not None and name not in rows:
-                continue
             gains = [row.get("over " + rival.format(name)) for rival in rivals.values()]
             cells = [_interval(gain, "+") for gain in gains]
             passes = row["passes"] / table["plain"]["passes"]
@@ -344,8 +371,7 @@ def _study(
         cost += ' "For as long": trained for as long as the row took.'
     if any("from the prediction" in rival for rival in rivals):
         cost += ' "From the prediction": the same row whose step leaves that, not the label.'
-    shown = [one for one in result["runs"] if rows is None or one["row"] in rows]
-    return markdown(head, body, f"{_note({**result, 'runs': shown}, told)} {cost}")
+    return markdown(head, body, f"{_note(result, told)} {cost}")
 
 
 def _note(result: Mapping[str, Any], told: str = "") -> str:
@@ -462,7 +488,7 @@ _EVALUATED = {"digits": "digits", "cifar10": "CIFAR-10, 5,000 images to learn fr
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "cost": cost_table,
-        "few": partial(lowdata_table, (*_FEW, f"mixup, for as long as {_FEW[-1]}")),
+        "few": few_table,
         "flows": flows_table,
     },
     "docs/methods.md": {},
