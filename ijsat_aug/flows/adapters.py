@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..precision import full_precision
+
 __all__ = ["Decoder", "NormflowsManifold"]
 
 Function = Callable[[Tensor], Tensor]
@@ -93,6 +95,13 @@ class NormflowsManifold(_Adapter):
             )
         if (to_model is None) != (from_model is None):
             raise ValueError("to_model and from_model belong together: pass both, or none.")
+        waits = (name for name, part in model.named_modules() if _waits_for_data(part))
+        new = next(waits, None)
+        if new is not None:
+            raise ValueError(
+                f"{new or 'the model'} was never initialised, and its first batch would decide "
+                "what the flow is: train it first, or run a batch of images through it."
+            )
         self.model = _frozen(model)
         self.shape = shape
         self.latent_dim = math.prod(shape)
@@ -167,13 +176,13 @@ class NormflowsManifold(_Adapter):
     def _call(self, way: str, value: Any, count: int) -> Any:
         method = getattr(self.model, f"{way}_and_log_det")
         context = self._context if self._uses_context else None
-        if context is None:
-            if self._uses_context:
-                raise ValueError("the flow is conditional: give the batch's context, .given(...).")
-            return method(value)[0]
-        if len(context) != count:
+        if context is None and self._uses_context:
+            raise ValueError("the flow is conditional: give the batch's context, .given(...).")
+        if context is not None and len(context) != count:
             raise ValueError(f"{count} images and {len(context)} contexts do not go together.")
-        return method(value, context)[0]
+        device = (value[0] if isinstance(value, list) else value).device
+        with full_precision(device):  # whose rounding no inverse would undo
+            return (method(value) if context is None else method(value, context))[0]
 
     def _shaped(self, z: Tensor) -> Any:
         if not self._levels:
@@ -263,6 +272,12 @@ def _frozen(function: F) -> F:
     if not isinstance(function, nn.Module):
         return function
     return copy.deepcopy(function).eval().requires_grad_(False)
+
+
+def _waits_for_data(part: nn.Module) -> bool:
+    """Whether it is an ActNorm that takes its scales from the first batch."""
+    done = part._buffers.get("data_dep_init_done")
+    return done is not None and not bool(done)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -87,7 +87,7 @@ def calibrate(
             f"labels are classes from 0, one an image, got {tuple(labels.shape)} for "
             f"{len(images)} images: leave them out where there are none."
         )
-    if not etas or min(etas) <= 0:
+    if len(etas) == 0 or min(etas) <= 0:
         raise ValueError(f"etas must be radii > 0, got {tuple(etas)}.")
     with torch.inference_mode(False):
         images = _at_home(flow, images).clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .registry import list_flows
+from .registry import is_ours
 
 __all__ = ["render"]
 
@@ -25,7 +25,7 @@ def render(card: Mapping[str, Any]) -> str:
         f"A Glow for {size} images: {net['levels']} levels of {net['steps']} steps, hidden width "
         f"{net['hidden']}, {card['weights']['bytes'] / 1e6:.1f} MB.",
         "```python\nfrom ijsat_aug import load_flow\n\n"
-        f"flow = {_call(card['name'])}\n"
+        f"flow = {_call(card)}\n"
         "z = flow.encode(x)  # exact, standardised latents (B, D)\n"
         "x = flow.decode(z)  # differentiable once\n```",
         f"* Data: {card['data']}\n* Licence of the weights: {card['license']}\n"
@@ -33,7 +33,7 @@ def render(card: Mapping[str, Any]) -> str:
     ]
     if card["metrics"]:
         sections += ["## Quality", _metrics(card["metrics"])]
-    if card["calibration"]:
+    if {"linf", "l2", "recommended", "images"} <= card["calibration"].keys():
         sections += ["## How far eta moves a picture", *_calibration(card["calibration"])]
     if card["training"]:
         lines = [
@@ -43,21 +43,26 @@ def render(card: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _call(name: str) -> str:
-    if name in list_flows():
+def _call(card: Mapping[str, Any]) -> str:
+    name = card["name"]
+    if is_ours(name, card["weights"]["sha256"]):  # not another flow of the same name
         return f'load_flow("{name}")  # or the path of this folder'
     return f'load_flow("path/to/{name}")  # this folder'
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    lines = []
-    for split, value in metrics.get("bits_per_dim", {}).items():
-        count = metrics.get("images", {}).get(split)
-        on = f" ({count:,} images)" if count else ""
-        lines.append(f"* {value:.3f} bits/dim on the {split.replace('_', '-')} split{on}")
-    if trip := metrics.get("round_trip"):
+    known, lines = dict(metrics), []
+    counts = known.pop("images", {})
+    if isinstance(known.get("bits_per_dim"), Mapping):
+        for split, value in known.pop("bits_per_dim").items():
+            count = counts.get(split)
+            on = f" ({count:,} images)" if count else ""
+            lines.append(f"* {value:.3f} bits/dim on the {split.replace('_', '-')} split{on}")
+    if isinstance(known.get("round_trip"), Mapping):
+        trip = known.pop("round_trip")
         parts = ", ".join(f"{v:.1e} on {k}" for k, v in trip.items())
         lines.append(f"* Largest round-trip error in float32: {parts} images")
+    lines += [f"* {name.replace('_', ' ')}: {value}" for name, value in known.items()]
     return "\n".join(lines)
 
 

@@ -122,7 +122,7 @@ def save_flow(
         name: Of the flow, for the card; the folder's name by default.
         data: What it was trained on.
         license: Of the weights.
-        metrics: Such as bits per dimension and round-trip error.
+        metrics: Such as ``{"bits_per_dim": 3.2}``, for its card.
         calibration: The table of :func:`ijsat_aug.flows.calibration.calibrate`.
         training: How it was trained.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,31 +117,37 @@ def _from_array(path: Path) -> ImageData:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile):  # numpy's own words advise to unpickle
+        images, found = _arrays(path)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        # numpy's own words advise to unpickle
         raise ValueError(
             f"{path} is damaged, or holds objects, which are never unpickled (allow_pickle=False): "
             "save arrays of numbers."
         ) from None
+    if images is None:
+        raise ValueError(f"{path} holds no array; save the images under the name 'images'.")
     labels = None
-    if isinstance(loaded, np.ndarray):
-        images = loaded
-    else:
-        name = next((n for n in ("images", "x", "data", *loaded.files) if n in loaded.files), None)
-        if name is None:
-            raise ValueError(f"{path} holds no array; save the images under the name 'images'.")
-        images = loaded[name]
-        label_name = next((n for n in ("labels", "y", "targets") if n in loaded.files), None)
-        if label_name is not None:
-            found = loaded[label_name]
-            if found.dtype.kind not in "iub":
-                raise TypeError(f"{path} holds labels of {found.dtype}; save class numbers.")
-            if found.size and found.min() < 0:
-                raise ValueError(f"{path} holds labels below 0; save class numbers from 0 on.")
-            labels = torch.from_numpy(found.astype(np.int64)).flatten()
-            if len(labels) != len(images):
-                raise ValueError(f"{path} holds {len(images)} images but {len(labels)} labels.")
+    if found is not None:
+        if found.dtype.kind not in "iub":
+            raise TypeError(f"{path} holds labels of {found.dtype}; save class numbers.")
+        if found.size and found.min() < 0:
+            raise ValueError(f"{path} holds labels below 0; save class numbers from 0 on.")
+        labels = torch.from_numpy(found.astype(np.int64)).flatten()
+        if len(labels) != len(images):
+            raise ValueError(f"{path} holds {len(images)} images but {len(labels)} labels.")
     return ImageData(_channels_first(images, path), labels, 256, path.name)
+
+
+def _arrays(path: Path) -> tuple[Any, Any]:
+    """The images and the labels of a file; None for what it does not hold."""
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded, None
+    with loaded:
+        wanted = (("images", "x", "data", *loaded.files), ("labels", "y", "targets"))
+        names = (next((n for n in one if n in loaded.files), None) for one in wanted)
+        images, labels = (None if name is None else loaded[name] for name in names)
+    return images, labels
 
 
 def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
@@ -159,11 +167,21 @@ def _channels_first(images: np.ndarray[Any, Any], path: Path | str) -> Tensor:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    """Not ._cat.png of macOS, nor .ipynb_checkpoints/cat.png of Jupyter."""
-    named = (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
-    return sorted(
-        f for f in named if not any(p.startswith(".") for p in f.relative_to(folder).parts)
-    )
+    """In folders that are links too, as torchvision follows them."""
+    return sorted(Path(path) for path in _found_in(folder, frozenset()))
+
+
+def _found_in(folder: str | Path, above: frozenset[str]) -> Iterator[str]:
+    """Not ._cat.png of macOS, nor .ipynb_checkpoints/cat.png of Jupyter, nor a link upwards."""
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in seen:
+        if entry.is_dir():
+            if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                yield from _found_in(entry.path, above)
+        elif Path(entry.name).suffix.lower() in _SUFFIXES:
+            yield entry.path
 
 
 def outside_classes(source: str | Path) -> Path | None:
@@ -174,7 +192,8 @@ def outside_classes(source: str | Path) -> Path | None:
         True
     """
     folder = Path(source).expanduser()
-    return next((f for f in _pictures_in(folder) if f.parent == folder), None)
+    found = _pictures_in(folder) if folder.is_dir() else []
+    return next((f for f in found if f.parent == folder), None)
 
 
 def _from_folder(folder: Path, size: int | None) -> ImageData:
@@ -189,7 +208,7 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
             try:
                 with Image.open(file) as picture:
                     picture.load()
-            except (OSError, SyntaxError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(
                     f"{file} cannot be read as a picture ({error}): mend it, or take it away."
                 ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place and move it there: a reader never sees half of it.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_atomically(Path(folder, "a.txt"), b"whole")
         ...     Path(folder, "a.txt").read_bytes()
@@ -47,6 +48,7 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all files beside their places first, and only then move them there, in order.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_together(Path(folder), {"a": b"1", "b": b"2"})
         ...     sorted(path.name for path in Path(folder).iterdir())
@@ -56,13 +58,12 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
     staged: dict[Path, Path] = {}
     try:
         for name, data in files.items():
-            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-            staged[Path(temporary)] = folder / name
-            with os.fdopen(handle, "wb") as file:
+            temporary = folder / f".{name}.{secrets.token_hex(4)}"
+            with temporary.open("xb") as file:  # with the permissions that the user's mask leaves
+                staged[temporary] = folder / name
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
         for source, target in staged.items():
             source.replace(target)
     finally:

@@ -69,7 +69,7 @@ class _Weights:
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"tensor {name!r} holds values that are not finite; train it again.")
         self.unused.discard(name)
-        return tensor.to("cpu", torch.float64)
+        return tensor.to("cpu", torch.float64, copy=True)  # never the model's own memory
 
     def check_all_used(self) -> None:
         if self.unused:

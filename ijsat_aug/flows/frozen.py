@@ -402,7 +402,8 @@ def check_options(compute_dtype: torch.dtype | None, memory: Memory) -> None:
     """Refuse options that no flow has, before a file is read for them."""
     if memory not in get_args(Memory):
         raise ValueError(f"memory must be one of {get_args(Memory)}, got {memory!r}.")
-    if not (compute_dtype is None or isinstance(compute_dtype, torch.dtype)):
+    floats = isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+    if not (compute_dtype is None or floats):
         raise TypeError(f"compute_dtype is a dtype such as torch.bfloat16, got {compute_dtype!r}.")
 
 

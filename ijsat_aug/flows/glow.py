@@ -77,6 +77,9 @@ class GlowConfig:
             raise ValueError(f"log_scale must be a positive number, got {self.log_scale!r}.")
         if self.logit is not None and not 0 < self.logit < 0.5:
             raise ValueError(f"logit must be None or lie in (0, 0.5), got {self.logit!r}.")
+        for name in ("log_scale", "logit"):  # numbers of NumPy are no JSON
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.num_classes is not None and not _is_count(self.num_classes):
             raise ValueError(
                 f"num_classes must be None or an integer >= 1, got {self.num_classes!r}."

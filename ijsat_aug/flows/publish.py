@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ __all__ = ["evaluate", "publish", "save_pictures"]
 
 _CALIBRATION_IMAGES = 256
 _NETWORK_IMAGES = 10_000
+_USUAL = 64 * 64  # pixels of images, beyond which fewer are measured at once
 _COLUMNS = 16  # of pictures
 
 
@@ -66,7 +66,7 @@ def publish(
     model.to(device)
     flow = freeze(config, state, device=device)
     measured = test or held_out
-    shown = measured.spaced(_CALIBRATION_IMAGES)
+    shown = measured.spaced(_as_memory_allows(_CALIBRATION_IMAGES, config))
     images = shown.pixels.to(device)
     bits = {"held_out": evaluate(model, config, held_out)}
     if test is not None:
@@ -77,31 +77,39 @@ def publish(
         | ({"test": len(test.images)} if test is not None else {}),
         "round_trip": {k: float(f"{v:.3g}") for k, v in round_trip(flow, images).items()},
     }
-    seen = train.take(torch.arange(min(_NETWORK_IMAGES, len(train.images))))
-    labels = several(seen.labels)
-    if not _comparable(labels, shown.labels):
-        labels, shown = None, replace(shown, labels=as_they_are(shown.images))
+    count = min(_as_memory_allows(_NETWORK_IMAGES, config), len(train.images))
+    seen = train.take(torch.arange(count))
+    labels, asked = _numbered(seen.labels, shown.labels)
+    if labels is None or asked is None:
+        asked = as_they_are(shown.images)
     network = probe_network(seen.pixels.to(device), labels)
     save_pictures(flow, measured, folder)
-    table = calibrate(flow, images, shown.labels, network=network)
+    table = calibrate(flow, images, asked, network=network)
     return save(metrics=metrics, calibration=table)
 
 
-def _comparable(train: Tensor | None, shown: Tensor | None) -> bool:
-    """Whether a network that learns the one labels can be asked about the others."""
+def _as_memory_allows(count: int, config: GlowConfig) -> int:
+    """So many images, and fewer that are larger than 64 pixels."""
+    _, height, width = config.shape
+    return max(16, count * min(height * width, _USUAL) // (height * width))
+
+
+def _numbered(train: Tensor | None, shown: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Labels as classes without gaps; None where they teach nothing, or not what is asked."""
+    train = several(train)
     if train is None or shown is None:
-        return False
-    return int(train.min()) >= 0 and int(shown.min()) >= 0 and int(shown.max()) <= int(train.max())
+        return None, None
+    _, classes = torch.cat((train, shown)).unique(return_inverse=True)
+    learnt, asked = classes[: len(train)], classes[len(train) :]
+    return (learnt, asked) if int(asked.max()) <= int(learnt.max()) else (None, None)
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, config: GlowConfig, data: ImageData, batch_size: int = 256, seed: int = 0
-) -> float:
+def evaluate(model: nn.Module, config: GlowConfig, data: ImageData, seed: int = 0) -> float:
     """Mean bits per dimension of a normflows Glow on images, dequantised with a fixed seed."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    total = 0.0
+    total, batch_size = 0.0, _as_memory_allows(256, config)
     for start in range(0, len(data.images), batch_size):
         part = data.take(torch.arange(start, min(start + batch_size, len(data.images))))
         u = dequantize(part.images.to(device), config.bins, generator)
@@ -130,6 +138,9 @@ def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
     }
     scale = max(1, 64 // flow.shape[1])
     for name, (images, columns) in pictures.items():
+        images = (
+            images if images.shape[1] in (1, 3) else images[:, : 3 if images.shape[1] > 3 else 1]
+        )
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         save_image(images.cpu(), folder / f"{name}.png", nrow=columns, pad_value=1.0)
 

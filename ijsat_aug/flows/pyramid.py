@@ -273,7 +273,11 @@ def _widened(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def _resample(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    full = x if x.dtype == torch.float64 else x.float()  # a CPU resamples no halves
+    small = F.interpolate(
+        full, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small.to(x.dtype)
 
 
 def _places(length: int, tile: int, overlap: int) -> list[int]:

@@ -17,7 +17,8 @@ class Recipe:
     """How long and how a flow is trained; the defaults suit 32-pixel images on a CPU.
 
     Args:
-        epochs: Passes over the training images. With ``minutes`` too, whichever ends first.
+        epochs: Passes over the training images, each without a last batch that is not full. With
+            ``minutes`` too, whichever ends first.
         minutes: Time budget of the whole training, also over interruptions.
         batch_size: Images per step, over all processes.
         lr: Peak learning rate, after a linear warm-up and before a cosine to zero.
@@ -65,8 +66,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and float(value) > 0):
                 raise ValueError(f"{name} must be greater than 0, got {value!r}.")
-        if not math.isfinite(self.lr):
-            raise ValueError(f"lr must be a finite number, got {self.lr!r}.")
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
         if not is_between(self.weight_decay, 0):
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
         for name in ("seed", "warmup"):

@@ -50,6 +50,16 @@ def list_flows() -> list[str]:
     return sorted(_registry())
 
 
+def is_ours(name: str, sha256: str) -> bool:
+    """Whether weights with this sum are those that a name stands for.
+
+    Example:
+        >>> is_ours("digits", "0" * 64), is_ours("mine", "0" * 64)
+        (False, False)
+    """
+    return _registry().get(name, {}).get("model.safetensors") == sha256
+
+
 def image_sizes() -> dict[str, str]:
     """The images that each flow takes.
 
@@ -148,7 +158,12 @@ def _download(url: str, target: Path, sha256: str) -> None:
             f"{url} is damaged or another file: its sha256 is {actual[:12]}…, the registry asks "
             f"for {sha256[:12]}…; nothing was kept."
         )
-    write_atomically(target, data)
+    try:
+        write_atomically(target, data)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot keep {url} in {target.parent} ({error}): set IJSAT_HOME to another folder."
+        ) from error
 
 
 def _from_hub(repository: str, revision: str | None, prefix: str) -> Path:

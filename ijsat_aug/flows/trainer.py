@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -81,33 +83,66 @@ def train_flow(
     out = Path(out).expanduser()
     _check(data, config, test)
     _check_place(out, resume, overwrite)
+    with _accelerator(out, recipe) as accelerator, torch.inference_mode(False), torch.enable_grad():
+        run = _Run(data, config, out, recipe, accelerator, resume)
+        with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
+            run.train(display)
+        if accelerator.is_main_process:
+            publish(
+                run.best_state(), config, out, train=run.train_data, held_out=run.held_out,
+                test=test, name=name, license=license, training=run.summary(),
+                device=accelerator.device,
+            )  # fmt: skip
+        accelerator.wait_for_everyone()  # the checkpoint is there when any process returns
+    return out
+
+
+@contextmanager
+def _accelerator(out: Path, recipe: Recipe) -> Iterator[Accelerator]:
+    """That of accelerate, whose state is afterwards as it was."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
     except ImportError as error:
         raise ImportError(
             'training a flow needs accelerate: pip install "ijsat-aug[train]".'
         ) from error
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    known, ours = AcceleratorState._shared_state, not AcceleratorState._shared_state
+    if known and known.get("_mixed_precision", "no") != "no":
+        raise ValueError(
+            f"accelerate is set up with mixed_precision={known['_mixed_precision']!r} in this "
+            "process, which ruins a flow: train it in a process of its own, with "
+            'Recipe(precision="bf16").'
+        )
+    launched = "LOCAL_RANK" in os.environ  # by torchrun or accelerate launch
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
+    options: dict[str, Any] = {}
+    if processes > 1 and not PartialState._shared_state and not torch.accelerator.is_available():
+        options["cpu"] = True  # else it takes every process for the only one
     accelerator = Accelerator(
         mixed_precision="no",  # autocast over a whole flow ruins it; see Recipe.precision
         log_with="tensorboard" if recipe.tensorboard else None,
         project_dir=out / "training",
+        **options,
     )
-    run = _Run(data, config, out, recipe, accelerator, resume)
-    with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
-        run.train(display)
-    if accelerator.is_main_process:
-        publish(
-            run.best_state(), config, out, train=run.train_data, held_out=run.held_out, test=test,
-            name=name, license=license, training=run.summary(), device=accelerator.device,
-        )  # fmt: skip
-    accelerator.wait_for_everyone()  # the checkpoint is there when any process returns
-    if grouped:  # the caller's process group is the caller's to end
+    try:
+        if accelerator.num_processes < processes:
+            raise RuntimeError(
+                f"there are {processes} processes (WORLD_SIZE), and accelerate knows of "
+                f"{accelerator.num_processes}: start them with torchrun or accelerate launch, and "
+                "let all of them train the flow."
+            )
+        yield accelerator
         for tracker in accelerator.trackers:
             tracker.finish()
-    else:
-        accelerator.end_training()
-    return out
+    finally:
+        # A process group stays for the next training: torch makes no second one reliably.
+        alone = accelerator.num_processes == 1
+        if not (alone or grouped):
+            atexit.register(_end_group)
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 def _check_place(out: Path, resume: bool, overwrite: bool) -> None:
@@ -154,6 +189,11 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
                 f"{part.name} has {part.bins} grey levels, up to {int(part.images.max())}, but the "
                 f"flow bins={config.bins}; build it with bins=images.bins."
             )
+        if part.labels is not None and not _are_labels(part):
+            raise TypeError(
+                f"{part.name} has labels {part.labels.dtype} of shape {tuple(part.labels.shape)}; "
+                f"they are integers, one for each of the {len(part.images)} images."
+            )
         if config.num_classes is not None and part.labels is not None:
             low, high = int(part.labels.min()), int(part.labels.max())
             if low < 0 or high >= config.num_classes:
@@ -167,6 +207,18 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
             f"the class folders of {data.name} and {test.name} differ: {data.classes} and "
             f"{test.classes}."
         )
+
+
+def _are_labels(part: ImageData) -> bool:
+    labels = part.labels
+    assert labels is not None
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    return whole and labels.shape == part.images.shape[:1]
+
+
+def _end_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Run:
@@ -187,6 +239,8 @@ class _Run:
         self.labels = _sum(data.labels if config.num_classes is not None else None)
         count = len(data.images)
         enough = min(_HELD_OUT, count // 5) / count  # to choose by, and to tell a radius
+        if data.labels is not None:
+            data = dataclasses.replace(data, labels=data.labels.long())
         self.train_data, self.held_out = data.split(max(recipe.held_out, enough), recipe.seed)
         self.progress = Progress()
         self.state_file = out / TRAINING
@@ -224,6 +278,8 @@ class _Run:
                 display.update(self.progress, done, loss)
                 if self.progress.step % self.recipe.every == 0:
                     self._milestone(display, loss)
+                elif self.progress.step == 1 and self.accelerator.is_main_process:
+                    self._save()  # resume must not find a training that this one has replaced
                 if asked_to_stop():
                     self._save()
                     raise KeyboardInterrupt(
@@ -253,6 +309,12 @@ class _Run:
     def _initialise(self, model: nn.Module) -> None:
         """ActNorm takes its scales from the first batch that it sees."""
         first = self.train_data.take(torch.arange(min(self.recipe.init_images, self._count)))
+        _, height, width = self.config.latent_shapes[0]
+        if len(first.images) * height * width < 2:
+            raise ValueError(
+                f"{len(first.images)} image to begin with is too few for a flow of one place: give "
+                "more (init_images), or take fewer levels (--levels)."
+            )
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
         with torch.no_grad():
             u = dequantize(first.images.to(self.device), self.config.bins, generator)
@@ -442,7 +504,9 @@ def _patient(alone: bool) -> Iterator[Callable[[], bool]]:
     if not alone or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    # Not those that are ignored, as in a job behind a shell, or that are not Python's.
+    kinds = [k for k in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(k))
+             or signal.getsignal(k) is signal.SIG_DFL]  # fmt: skip
     before = [signal.signal(kind, note) for kind in kinds]
     try:
         yield lambda: bool(asked)

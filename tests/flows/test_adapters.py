@@ -358,3 +358,24 @@ def test_standardised_anew_it_is_that_of_the_new_images() -> None:
     one, two = torch.rand(50, 1, 2, 2), 0.1 * torch.rand(50, 1, 2, 2)
     z = manifold.standardised(one).standardised(two).encode(two)
     assert torch.allclose(z, manifold.standardised(two).encode(two), atol=1e-4)
+
+
+def test_a_model_that_waits_for_its_first_batch_is_refused() -> None:
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian((1, 4, 4)), [nf.flows.ActNorm((1, 1, 1))]
+    )
+    with pytest.raises(ValueError, match=r"flows\.0 was never initialised"):
+        NormflowsManifold(model, (1, 4, 4))
+    model.flows[0].inverse(torch.rand(8, 1, 4, 4))
+    NormflowsManifold(model, (1, 4, 4))
+
+
+def test_autocast_does_not_round_what_must_come_back(digits: Tensor) -> None:
+    config = GlowConfig(shape=(1, 8, 8), levels=2, steps=2, hidden=8, bins=17)
+    for manifold in (
+        NormflowsManifold(realnvp(digits), (1, 8, 8), flat=True),
+        NormflowsManifold(random_glow(config), (1, 8, 8)),
+    ):
+        x = 0.1 + 0.8 * digits[:8]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (manifold.decode(manifold.encode(x)) - x).abs().max() < 1e-4

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ijsat_aug import CheckpointError, GlowConfig, load_flow, save_flow
+from ijsat_aug.flows.card import render
 from ijsat_aug.flows.checkpoint import convert_checkpoint, load_state
 from ijsat_aug.flows.files import write_atomically
+from ijsat_aug.flows.fold import freeze
 from ijsat_aug.flows.glow import build_glow
 from tests.conftest import random_glow
 
@@ -340,3 +344,48 @@ def test_two_cards_of_the_same_weights_are_two_flows(tmp_path) -> None:
 def test_what_is_written_can_be_read_by_others(tmp_path) -> None:
     write_atomically(tmp_path / "a", b"")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_permissions_that_the_mask_leaves(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "a", b"1")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_card_takes_measures_of_any_kind_and_is_of_this_flow_alone(tmp_path: Path) -> None:
+    state = random_glow(CONFIG).state_dict()
+    folder = save_flow(
+        tmp_path / "digits", CONFIG, state, metrics={"bits_per_dim": 3.2, "fid": 12},
+        calibration={"recommended": {"linf": 0.1, "l2": 0.8}},
+    )  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "* bits per dim: 3.2\n* fid: 12" in card
+    assert 'load_flow("path/to/digits")' in card  # not ours of that name
+    assert 'load_flow("digits")' in render(load_flow("digits").info)
+
+
+def test_a_frozen_flow_shares_no_memory_with_its_model() -> None:
+    model = random_glow(CONFIG).double()
+    flow = freeze(CONFIG, model.state_dict(), dtype=torch.float64)
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    before = flow.encode(x)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value += 0.1
+    assert torch.equal(flow.encode(x), before)
+    assert (flow.decode(before) - x).abs().max() < 1e-9
+
+
+def test_numbers_of_numpy_are_numbers_of_a_config() -> None:
+    config = GlowConfig(shape=(1, 8, 8), log_scale=np.float32(4), logit=np.float32(0.0625))
+    assert json.loads(json.dumps(config.to_dict()))["logit"] == 0.0625
+
+
+def test_integers_are_no_precision_of_a_flow() -> None:
+    with pytest.raises(TypeError, match="compute_dtype is a dtype such as"):
+        load_flow("digits", compute_dtype=torch.int8)

@@ -228,3 +228,37 @@ def test_a_single_picture_is_no_data_set(tmp_path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is a single picture; name the folder"):
         load_images(tmp_path / "a.png")
+
+
+def test_links_to_folders_are_followed_and_not_round_in_circles(tmp_path: Path, pictures) -> None:
+    real = tmp_path / "elsewhere" / "cats"
+    folder = tmp_path / "data"
+    for place in (real, folder / "dog"):
+        place.mkdir(parents=True)
+        Image.fromarray(pictures[0]).save(place / "a.png")
+    (folder / "cat").symlink_to(real)
+    (folder / "dog" / "up").symlink_to(folder)
+    data = load_images(folder)
+    assert data.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1]
+
+
+def test_arrays_that_cannot_be_read_are_told_by_their_file(tmp_path: Path, pictures) -> None:
+    objects, empty, rotten = (tmp_path / n for n in ("objects.npz", "empty.npy", "rotten.npz"))
+    np.savez(objects, images=np.array([{"a": 1}], dtype=object))
+    empty.touch()
+    np.savez(rotten, images=pictures)
+    whole = bytearray(rotten.read_bytes())
+    whole[len(whole) // 2] ^= 255
+    rotten.write_bytes(whole)
+    for path in (objects, empty, rotten):
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged, or holds objects"):
+            load_images(path)
+
+
+def test_a_picture_that_pillow_finds_too_large_is_named(tmp_path: Path, monkeypatch) -> None:
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"huge\.png cannot be read as a picture"):
+        load_images(tmp_path)

@@ -307,3 +307,11 @@ def test_a_real_photograph_at_its_own_size() -> None:
 def test_tiles_of_another_size_keep_their_overlap(flow) -> None:
     tiles = at_size(Tiles(flow, (20, 13), overlap=5), (24, 16))
     assert (tiles.overlap, tiles.shape) == (5, (1, 24, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_resampled_on_a_cpu_too(dtype: torch.dtype, flow) -> None:
+    x = torch.rand(2, 1, 12, 12)
+    pyramid = Pyramid(flow, (12, 12))
+    z = pyramid.encode(x.to(dtype))
+    assert (z.float() - pyramid.encode(x.to(dtype).float())).abs().max() < 0.05

@@ -201,3 +201,12 @@ def test_a_slip_in_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch) -> 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no flow 'runs/flo': it is neither"):
         load_flow("runs/flo")
+
+
+def test_a_cache_that_cannot_be_written_says_so(remote: Path, tmp_path, monkeypatch) -> None:
+    home = tmp_path / "home"
+    home.write_text("a file")
+    monkeypatch.setenv("IJSAT_URL", remote.as_uri())
+    monkeypatch.setenv("IJSAT_HOME", str(home / "below"))
+    with pytest.raises(CheckpointError, match="set IJSAT_HOME to another folder"):
+        load_flow("far")

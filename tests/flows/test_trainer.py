@@ -404,23 +404,27 @@ def test_two_processes_train_one_flow(tmp_path: Path) -> None:
         "init = trainer._Run.__init__\n"
         "def spy(self, *a):\n"
         "    init(self, *a)\n"
-        "    runs.append(self)\n"
+        "    runs.append((self.accelerator.process_index, self.accelerator.num_processes, self))\n"
         "trainer._Run.__init__ = spy\n"
         "train_flow(load_images('digits'), config, sys.argv[1], recipe, quiet=True)\n"
-        "state = runs[0].accelerator.unwrap_model(runs[0].model).state_dict()\n"
+        "rank, world, run = runs[0]\n"
+        "state = run.model.module.state_dict()\n"
         "digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values()))\n"
-        "rank, world = runs[0].accelerator.process_index, runs[0].accelerator.num_processes\n"
         "assert pathlib.Path(sys.argv[1], 'config.json').exists()\n"
-        "line = f'{rank} {world} {runs[0].progress.step} {digest.hexdigest()}'\n"
+        "short = Recipe(epochs=0.1, batch_size=128)\n"
+        "train_flow(load_images('digits'), config, sys.argv[1] + '2', short, quiet=True)\n"
+        "assert runs[1][1] == 2\n"
+        "line = f'{rank} {world} {run.progress.step} {digest.hexdigest()}'\n"
         "pathlib.Path(sys.argv[2], f'rank{rank}').write_text(line)\n"
     )
+    cuda = torch.cuda.is_available()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         str(script), str(tmp_path / "flow"), str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_CPU": "1"} if cuda else {})},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)]
@@ -573,3 +577,94 @@ def test_the_average_of_weights_forgets_their_start() -> None:
 
 def test_a_test_split_is_what_the_radius_is_measured_on(trained: Path) -> None:
     assert load_flow(trained).info["calibration"]["images"] == 256  # of 297; 150 are held out
+
+
+def test_who_is_killed_before_a_milestone_does_not_go_on_with_what_was_there(
+    trained: Path, tmp_path, data, monkeypatch
+) -> None:
+    out, step = tmp_path / "flow", trainer._Run._step
+    shutil.copytree(trained, out)
+    before = load_state(out)[1]
+
+    def killed(run: trainer._Run, *arguments: Any) -> Tensor:
+        if run.progress.step == 3:
+            raise MemoryError
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "_step", killed)
+        with pytest.raises(MemoryError):
+            train_flow(data, CONFIG, out, SHORT, overwrite=True, quiet=True)
+    steps: list[int] = []
+
+    def counted(run: trainer._Run, *arguments: Any) -> Tensor:
+        steps.append(run.progress.step)
+        return step(run, *arguments)
+
+    monkeypatch.setattr(trainer._Run, "_step", counted)
+    train_flow(data, CONFIG, out, SHORT, resume=True, quiet=True)
+    assert steps[0] == 1
+    after = load_state(out)[1]
+    assert all(torch.equal(before[key], after[key]) for key in before)  # the same seed
+
+
+def test_a_user_of_accelerate_may_train_a_flow(data: ImageData, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, epochs=0.1)
+    with torch.no_grad():  # which a training leaves aside
+        train_flow(data, CONFIG, tmp_path / "a", recipe, quiet=True)
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    try:
+        Accelerator(mixed_precision="bf16")  # the flow left no other precision behind
+        with pytest.raises(ValueError, match="mixed_precision='bf16' in this process"):
+            train_flow(data, CONFIG, tmp_path / "b", recipe, quiet=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator()
+        train_flow(data, CONFIG, tmp_path / "b", recipe, quiet=True)
+        assert accelerator.device.type  # it has its state still
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_labels_may_be_ids_and_nothing_else_than_whole_numbers(data, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, epochs=0.1)
+    assert data.labels is not None
+    ids = dataclasses.replace(data, labels=10_000_000_000 + data.labels)
+    out = train_flow(ids, CONFIG, tmp_path / "a", recipe, quiet=True)
+    assert load_flow(out).info["calibration"]["linf"]
+    for labels in (data.labels.float(), data.labels[:-1], data.labels[:, None]):
+        wrong = dataclasses.replace(data, labels=labels)
+        with pytest.raises(TypeError, match="one for each of the 1500 images"):
+            train_flow(wrong, CONFIG, tmp_path / "b", recipe, quiet=True)
+
+
+def test_images_of_many_channels_have_pictures_too(tmp_path: Path) -> None:
+    images = torch.randint(256, (40, 5, 4, 4), dtype=torch.uint8)
+    config = GlowConfig(shape=(5, 4, 4), levels=1, steps=1, hidden=4)
+    data = ImageData(images, None, 256, "bands")
+    out = train_flow(data, config, tmp_path, Recipe(epochs=1), quiet=True)
+    assert Image.open(out / "samples.png").mode == "RGB"
+
+
+def test_too_few_images_are_not_a_training_that_diverged(tmp_path: Path) -> None:
+    config = GlowConfig(shape=(1, 4, 4), levels=2, steps=1, hidden=4)
+    data = ImageData(torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8), None, 256, "two")
+    with pytest.raises(ValueError, match="1 image to begin with is too few"):
+        train_flow(data, config, tmp_path, Recipe(epochs=1), quiet=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with trainer._patient(alone=True) as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not asked_to_stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_no_training_is_endless_by_its_epochs() -> None:
+    with pytest.raises(ValueError, match="epochs must be a finite number"):
+        Recipe(epochs=math.inf)
