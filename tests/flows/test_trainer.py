@@ -644,7 +644,8 @@ def test_images_of_many_channels_have_pictures_too(tmp_path: Path) -> None:
     config = GlowConfig(shape=(5, 4, 4), levels=1, steps=1, hidden=4)
     data = ImageData(images, None, 256, "bands")
     out = train_flow(data, config, tmp_path, Recipe(epochs=1), quiet=True)
-    assert Image.open(out / "samples.png").mode == "RGB"
+    with Image.open(out / "samples.png") as picture:
+        assert picture.mode == "RGB"
 
 
 def test_too_few_images_are_not_a_training_that_diverged(tmp_path: Path) -> None:
