@@ -212,7 +212,9 @@ def main() -> None:
     torch.manual_seed((options.seed + first) * processes + rank)
 
     # Ours, beside the import above: mixup, whose blends are attacked in the second half.
-    mix = RobustMixup.preset("accuracy", net, num_classes=classes, mean=MEAN, std=STD)
+    mix = RobustMixup.preset(
+        "accuracy", net, num_classes=classes, mean=MEAN, std=STD, amp_dtype=dtype
+    )
     data = AugmentedLoader(data, mix, device, epochs=(options.epochs // 2, None))
     data.set_epoch(first)  # so that a resumed AugmentedLoader knows where it is
 

@@ -84,7 +84,7 @@ def gallery(
     handle, scale = ModelHandle(model), Scale.of(mean, std)
     batch = scale.to_model(images)
     logits = _logits(handle, batch)
-    labels = logits.argmax(1) if labels is None else labels
+    labels = logits.argmax(1) if labels is None else labels.long()
     classes = logits.shape[1]
     truth = F.one_hot(labels, classes).float()
     attack = partial(
@@ -154,7 +154,9 @@ def draw(
             )
             axis.set(xticks=[], yticks=[])
             color = "red" if column.fooled[i] else "black"
-            axis.set_xlabel(_caption(column, i, classes), fontsize=8, labelpad=2, color=color)
+            axis.set_xlabel(
+                _caption(column, i, classes), fontsize=8, labelpad=2, color=color, parse_math=False
+            )
     figure.suptitle(f"{truth} → what the model sees (its loss); red: fooled", fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)

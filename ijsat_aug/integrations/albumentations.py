@@ -74,6 +74,11 @@ class BatchPipeline(nn.Module):
             raise ValueError("BatchPipeline takes a batch of images (B, C, H, W).")
         arrays = _arrays(images.detach(), self.as_uint8)
         found = [_tensor(self.compose(image=array)["image"]) for array in arrays]
+        if len({image.dtype for image in found}) > 1:
+            raise TypeError(
+                "the compose returned 8-bit images and floating ones, whose units differ: let it "
+                "end in one of them, always."
+            )
         if len({tuple(image.shape) for image in found}) > 1:
             raise ValueError(
                 "the compose returned images of several sizes, which are no batch: end it with a "
@@ -100,7 +105,7 @@ class BatchPipeline(nn.Module):
 
 
 def _arrays(images: Tensor, as_uint8: bool) -> np.ndarray[Any, Any]:
-    images = images.as_subclass(Tensor)
+    given = images = images.as_subclass(Tensor)
     if images.is_floating_point():
         if as_uint8 and not bool(((images > -1e-3) & (images < 1 + 1e-3)).all()):
             raise ValueError(
@@ -110,7 +115,10 @@ def _arrays(images: Tensor, as_uint8: bool) -> np.ndarray[Any, Any]:
         images = (255 * images.float()).round().clamp(0, 255).byte() if as_uint8 else images.float()
     elif images.dtype != torch.uint8:
         raise TypeError(f"albumentations takes 8-bit or floating images, got {images.dtype}.")
-    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    rows = images.permute(0, 2, 3, 1).contiguous().cpu()
+    # A compose may work in place: not on the user's own batch.
+    own = rows.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return (rows.clone() if own else rows).numpy()
 
 
 def _tensor(image: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from ..transforms.batch import BatchTransform
 from ..transforms.checks import check_blendable, check_one_weight
 from ..transforms.robust_mixup import RobustMixup
+from ..transforms.structure import USUAL_LABELS
 
 __all__ = ["AugmentationSequential"]
 
@@ -80,6 +81,8 @@ class AugmentationSequential(K.AugmentationSequential):
         self, *args: Any, params: list[ParamItem] | None = None, data_keys: Any = None
     ) -> Any:
         """The batch, augmented; see kornia."""
+        if args and isinstance(args[0], dict):
+            self._look_for_labels(args[0])
         mixups = self._of_one_weight()
         own = [mixup.per_sample for mixup in mixups]
         try:
@@ -89,6 +92,14 @@ class AugmentationSequential(K.AugmentationSequential):
         finally:
             for mixup, per_sample in zip(mixups, own, strict=True):
                 mixup.per_sample = per_sample
+
+    def _look_for_labels(self, batch: dict[str, Any]) -> None:
+        """Say once what is attacked where kornia passes the labels by."""
+        names = {name.lower() for name in batch}
+        if not names & {"class", "label"} and names & set(USUAL_LABELS):
+            for child in self.children():
+                if _is_ours(child) and child.training:
+                    child.find_no_labels()
 
     def _of_one_weight(self) -> list[RobustMixup]:
         """The children that ``same_on_batch`` is for, if they allow it."""

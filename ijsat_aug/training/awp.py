@@ -63,9 +63,10 @@ class AdversarialWeightPerturbation:
         finally:
             with torch.no_grad():
                 for weight, original, perturbed in moves:
+                    if torch.equal(weight, original):
+                        continue  # it never left, where the way there was interrupted
                     step = weight - perturbed
-                    there = (step == 0) | (weight == original)  # or never left, if interrupted
-                    weight.copy_(torch.where(there, original, original + step))
+                    weight.copy_(torch.where(step == 0, original, original + step))
 
     @torch.no_grad()
     def _uphill(self, weight: Tensor, gradient: Tensor) -> Tensor:

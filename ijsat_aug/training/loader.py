@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..transforms.batch import BatchTransform
-from ..transforms.replay import replay
+from ..transforms.replay import calmed, replay
 from ..words import check_count
 from .captured_transform import CapturedTransform
 
@@ -84,6 +84,7 @@ class AugmentedLoader(Generic[T]):
         if not callable(transform) or isinstance(transform, type):
             got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
             raise TypeError(f"transform must be a transform, as in {_EXAMPLE}; got {got}.")
+        graph = transform if isinstance(transform, CapturedTransform) else None
         if isinstance(transform, CapturedTransform):
             transform, captured = transform.transform, True
         self.loader = loader
@@ -98,7 +99,9 @@ class AugmentedLoader(Generic[T]):
                 "captured=True repeats an attack that asks the model, which a replay does not do: "
                 "leave one of them out."
             )
-        self._graph = CapturedTransform(transform) if captured else None  # type: ignore[arg-type]
+        if captured and graph is None:
+            graph = CapturedTransform(transform)  # type: ignore[arg-type]
+        self._graph = graph
         if self.plan == Plan():
             return
         if not isinstance(transform, BatchTransform):
@@ -116,10 +119,15 @@ class AugmentedLoader(Generic[T]):
             self._graph = CapturedTransform(self.transform)  # type: ignore[arg-type]
         work = self._graph or self.transform
         number = -1
-        for number, batch in enumerate(self.loader):
+        for batch in self.loader:  # not by enumerate, which would keep it
+            number += 1
+            if number == 0:
+                self._overhear()
             if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
                 self.epoch = epoch + 1
-            yield from plan.shown(work, move(batch), epoch, number)
+            ready = [move(batch)]
+            del batch  # nobody holds it while the model is trained
+            yield from plan.shown(work, ready, epoch, number)
         if number == 0:
             self.epoch = epoch + 1
 
@@ -154,9 +162,14 @@ class AugmentedLoader(Generic[T]):
         owner = self._counting()
         if isinstance(owner, AugmentedLoader):
             owner._hear()
-        told = getattr(owner, "epoch", getattr(owner, "iteration", None))  # accelerate's loaders
-        if isinstance(told, Integral) and told != self.heard:
-            self.epoch = self.heard = int(told)
+        told = _number_of(owner)
+        if told is not None and told != self.heard:
+            self.epoch = self.heard = told
+
+    def _overhear(self) -> None:
+        """What a loader told its sampler when it began, as Fabric's do, the user told nobody."""
+        told = _number_of(self._counting())
+        self.heard = self.heard if told is None else told
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):  # not there yet while it is being unpickled
@@ -216,18 +229,19 @@ class Plan:
         """How often batches are shown in an epoch; the same in all epochs."""
         return batches + (self.replay - 1) * -(-batches // self.every)
 
-    def shown(self, transform: Any, batch: Any, epoch: int, number: int) -> Iterator[Any]:
-        """What a batch becomes, one time or several."""
+    def shown(self, transform: Any, ready: list[Any], epoch: int, number: int) -> Iterator[Any]:
+        """What a batch, which is taken out of its list, becomes, one time or several."""
         first, end = self.epochs
         turn = number % self.every == 0
         works = turn and first <= epoch and (end is None or epoch < end)
         if works and self.replay > 1:
-            yield from replay(transform, batch, self.replay)
+            yield from replay(transform, ready.pop(), self.replay)
         elif works:
-            yield transform(batch)
+            yield transform(ready.pop())
         else:
-            for _ in range(self.replay if turn else 1):
-                yield from replay(transform, batch, 1)
+            for _ in range(self.replay - 1 if turn else 0):
+                yield calmed(transform, ready[0], again=True)
+            yield calmed(transform, ready.pop())
 
 
 class collate:
@@ -262,6 +276,12 @@ class collate:
 
 
 _EXAMPLE = "AugmentedLoader(loader, RobustMixup(model, ...), device)"
+
+
+def _number_of(owner: Any) -> int | None:
+    """The epoch that a sampler, a dataset or one of accelerate's loaders is in."""
+    told = getattr(owner, "epoch", getattr(owner, "iteration", None))
+    return int(told) if isinstance(told, Integral) else None
 
 
 def _mover(device: torch.device | None) -> Callable[[Any], Any]:

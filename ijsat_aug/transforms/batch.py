@@ -170,7 +170,7 @@ class BatchTransform(nn.Module):
             return batch[0] if len(batch) == 1 else batch
         parts = self.parts_of(batch)
         if parts.labels is None and parts.others and self.labels_getter == "default":
-            self._find_no_labels()
+            self.find_no_labels()
         images, labels, _ = self.augment(parts.images, parts.labels)
         return parts.rebuild(images, labels)
 
@@ -184,7 +184,7 @@ class BatchTransform(nn.Module):
         """
         return take_apart(batch, self.labels_getter)
 
-    def _find_no_labels(self) -> None:
+    def find_no_labels(self) -> None:
         """Called where a batch holds more than images, and no labels under a usual name."""
 
     def augment(

@@ -233,7 +233,7 @@ class JointSpaceAdv(BatchTransform):
         """The flow, on the device of the last batch."""
         return self._flow[0]
 
-    def _find_no_labels(self) -> None:
+    def find_no_labels(self) -> None:
         """Say once what the attack climbs instead."""
         if self.target == "label" and self.threat.objective != "kl":
             self._tell_once("labels", lambda: _UNLABELLED)

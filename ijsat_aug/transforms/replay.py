@@ -10,7 +10,7 @@ from torch import Tensor
 from .batch import BatchTransform
 from .climb import usable
 
-__all__ = ["replay"]
+__all__ = ["calmed", "replay"]
 
 
 def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
@@ -39,18 +39,47 @@ def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
         True
     """
     if not transform.training:
-        yield from (batch for _ in range(times))
+        for turn in range(times):
+            yield calmed(transform, batch, again=turn + 1 < times)
         return
     parts = transform.parts_of((batch,))
     calm, labels, index = transform.calm(parts.images, parts.labels)
     images = calm = usable(calm)
     for turn in range(times):
         # Shown as a copy: a loop that changes its images in place may not change a leaf.
-        leaf = images.detach().requires_grad_(turn + 1 < times)
-        yield parts.rebuild(leaf.clone() if leaf.requires_grad else leaf, labels)
-        if turn + 1 < times:
+        again = turn + 1 < times
+        leaf = images.detach().requires_grad_(again)
+        shown = (leaf.clone(), _copied(labels)) if again else (leaf, labels)
+        yield parts.rebuild(*shown)
+        if again:
             moved = transform.follow(calm, labels, _gradient(leaf), index)
             images = moved.as_subclass(type(calm))
+
+
+def calmed(transform: BatchTransform, batch: Any, again: bool = False) -> Any:
+    """The batch without attack; a copy where it is shown again, as a loop may change it in place.
+
+    Example:
+        >>> import torch
+        >>> from ijsat_aug import JointSpaceAdv
+        >>> x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 2
+        >>> [a is b for a, b in zip(calmed(JointSpaceAdv(eta=0), (x, y)), (x, y))]
+        [False, True]
+    """
+    if not (transform.training or again):
+        return batch
+    parts = transform.parts_of((batch,))
+    images, labels = parts.images, parts.labels
+    if transform.training:
+        images, labels, _ = transform.calm(images, labels)
+        images = usable(images).detach()
+    return (
+        parts.rebuild(images.clone(), _copied(labels)) if again else parts.rebuild(images, labels)
+    )
+
+
+def _copied(labels: Any) -> Any:
+    return labels.clone() if isinstance(labels, Tensor) else labels
 
 
 def _gradient(leaf: Tensor) -> Tensor:

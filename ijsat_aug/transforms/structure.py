@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["LabelsGetter", "Parts", "geometry_in", "take_apart"]
+__all__ = ["USUAL_LABELS", "LabelsGetter", "Parts", "geometry_in", "take_apart"]
 
 LabelsGetter = Callable[[Any], Any] | str | None
 
 _IMAGES = ("image", "images", "pixel_values", "img", "imgs", "input", "inputs", "x")
-_LABELS = ("labels", "label", "targets", "target", "class", "y")
+USUAL_LABELS = ("labels", "label", "targets", "target", "class", "y")
 _GEOMETRY = ("mask", "masks", "box", "boxes", "bbox", "bboxes", "keypoints")
 _TV_GEOMETRY = ("Mask", "BoundingBoxes", "KeyPoints")  # of torchvision, which need not be imported
 
@@ -145,7 +145,7 @@ def _image_key(batch: Mapping[str, Any]) -> str:
 
 def _label_key(batch: Mapping[str, Any]) -> str | None:
     lower = {str(key).lower(): key for key in batch}
-    usual = [lower[name] for name in _LABELS if name in lower]
+    usual = [lower[name] for name in USUAL_LABELS if name in lower]
     return next((k for k in usual if _like_labels(batch[k])), None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -173,3 +174,27 @@ def test_mistakes(photographs) -> None:
         BatchPipeline(A.Compose([]))((photographs[:2] * 255).long())
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         BatchPipeline(A.Compose([]))(photographs[0])
+
+
+def test_a_compose_that_works_in_place_leaves_the_users_batch_alone() -> None:
+    class Black(A.ImageOnlyTransform):
+        def apply(self, img, **params):
+            img *= 0
+            return img
+
+    x = torch.rand(2, 1, 8, 8)
+    before = x.clone()
+    assert BatchPipeline(A.Compose([Black(p=1)]))(x).sum() == 0
+    assert torch.equal(x, before)
+
+
+def test_images_of_two_units_are_no_batch() -> None:
+    class Sometimes(A.ImageOnlyTransform):
+        turn = 0
+
+        def apply(self, img, **params):
+            Sometimes.turn += 1
+            return img if Sometimes.turn % 2 else img.astype(np.float32) / 255
+
+    with pytest.raises(TypeError, match="8-bit images and floating ones"):
+        BatchPipeline(A.Compose([Sometimes(p=1)]))(torch.randint(256, (2, 3, 8, 8)).byte())

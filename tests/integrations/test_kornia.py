@@ -278,3 +278,11 @@ def test_what_has_no_meaning_is_refused(net, digits, labels) -> None:
     alone = AugmentationSequential(RobustMixup(net, num_classes=10))
     with pytest.raises(ValueError, match="needs labels"):
         alone(digits[:4])
+
+
+@pytest.mark.parametrize("key", ["labels", "target"])
+def test_labels_that_kornia_passes_by_are_told(key: str, network, digits, labels) -> None:
+    augment = AugmentationSequential(JointSpaceAdv(network, eta=0), data_keys=None)
+    with pytest.warns(UserWarning, match="no labels under a usual name"):
+        augment({"image": digits[:4], key: labels[:4]})
+    augment({"image": digits[:4], "label": labels[:4]})

@@ -210,3 +210,14 @@ def test_sparse_gradients(digits, labels) -> None:
         losses.append(loss)
     assert net.levels.weight.grad.is_sparse
     assert torch.allclose(*losses)
+
+
+def test_a_step_back_to_the_old_weight_is_a_step_too() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    awp = AdversarialWeightPerturbation(model, gamma=0.5)
+    with awp(lambda: model.weight.sum()), torch.no_grad():
+        move = model.weight - torch.tensor([[1.0, 2.0]])
+        model.weight[0, 0] -= move[0, 0]
+    assert torch.allclose(model.weight, torch.tensor([[1.0 - move[0, 0], 2.0]]))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
+import weakref
 from collections import UserDict, namedtuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +23,10 @@ from torch.utils.data import (
 )
 
 from ijsat_aug import AugmentedLoader, JointSpaceAdv, RobustMixup
-from ijsat_aug.training import collate
+from ijsat_aug.training import CapturedTransform, collate
 
 Pair = namedtuple("Pair", "image label")
+X, Y = torch.rand(8, 1, 8, 8), torch.arange(8)
 
 
 @pytest.fixture
@@ -315,3 +320,63 @@ def test_a_sampler_in_a_batch_sampler_is_told(digits, labels) -> None:
     loader = AugmentedLoader(DataLoader(data, batch_sampler=Plain(sampler)), lambda batch: batch)
     loader.set_epoch(5)
     assert sampler.epoch == 5
+
+
+class _TellingItself:
+    """A loader that tells its sampler the epoch when it begins, as those of Fabric do."""
+
+    def __init__(self) -> None:
+        self.sampler, self.passes = types.SimpleNamespace(epoch=0), 0
+        self.sampler.set_epoch = lambda epoch: setattr(self.sampler, "epoch", epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.sampler.set_epoch(self.passes)
+        self.passes += 1
+        return iter([(X, Y)] * 2)
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(("start", "expected"), [(None, [3, 4]), (3, [0, 1])])
+def test_what_a_loader_tells_its_own_sampler_is_no_news(start, expected, network) -> None:
+    loader = AugmentedLoader(_TellingItself(), JointSpaceAdv(network, eta=0), epochs=(3, 5))
+    if start is not None:
+        loader.set_epoch(start)
+    attacked = [p for p in range(6) if not torch.equal(next(iter(list(loader)))[0], X)]
+    assert attacked == expected
+
+
+@pytest.mark.parametrize("epochs", [(0, None), (5, None)])
+def test_what_a_loop_does_to_a_showing_the_next_one_does_not_see(epochs, network) -> None:
+    x, y = X.clone(), torch.nn.functional.one_hot(Y, 10).float()
+    loader = AugmentedLoader([(x, y)], JointSpaceAdv(eta=0), replay=2, epochs=epochs)
+    seen = []
+    for images, labels in loader:
+        seen.append((images.detach().mean(), labels.sum()))
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        with torch.no_grad():
+            images.mul_(0.5)
+            labels.mul_(0.5)
+    assert seen[1][0] > 0.9 * seen[0][0]
+    assert seen[1][1] == seen[0][1]
+
+
+@pytest.mark.parametrize("epochs", [(0, None), (5, None)])
+def test_nobody_holds_the_batch_while_the_model_is_trained(epochs, network) -> None:
+    alive = []
+
+    def collated(samples: list[Any]) -> Any:
+        x = X.clone()
+        alive.append(weakref.ref(x))
+        return [x, Y]
+
+    batches = DataLoader(range(4), batch_size=2, collate_fn=collated)
+    for _ in AugmentedLoader(batches, RobustMixup(network, num_classes=10, eps=0.1), epochs=epochs):
+        assert all(one() is None for one in alive)
+    assert len(alive) == 2
+
+
+def test_a_graph_that_was_given_is_the_one_that_works(network) -> None:
+    captured = CapturedTransform(JointSpaceAdv(network, eta=0))
+    assert AugmentedLoader([], captured)._graph is captured
