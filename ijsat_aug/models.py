@@ -156,9 +156,11 @@ def _state(weights: str | Path) -> dict[str, Tensor]:
         if not (isinstance(found, Mapping) and key in found):
             raise ValueError(f"{path} holds nothing under the key {key!r}.")
         found = found[key]
-    for name in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
+    while isinstance(found, Mapping):
+        inner = next((n for n in _WRAPPERS if isinstance(found.get(n), Mapping)), None)
+        if inner is None:
+            break
+        found = found[inner]
     if not (isinstance(found, Mapping) and found and _all_tensors(found)):
         raise ValueError(f"{path} holds no state dict of tensors.")
     return dict(found)

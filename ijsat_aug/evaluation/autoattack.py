@@ -77,13 +77,17 @@ def _parts(
         "norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "n_restarts": 1,
         "device": x.device,
     }  # fmt: skip
-    apgd = package.autopgd_base.APGDAttack(victim, n_iter=100, logger=_LOG, **shared)
-    targeted = package.autopgd_base.APGDAttack_targeted(victim, n_iter=100, logger=_LOG, **shared)
+
+    def model(images: Tensor) -> Tensor:
+        return victim(images).float()  # FAB takes no others
+
+    apgd = package.autopgd_base.APGDAttack(model, n_iter=100, logger=_LOG, **shared)
+    targeted = package.autopgd_base.APGDAttack_targeted(model, n_iter=100, logger=_LOG, **shared)
     targeted.n_target_classes = targets
-    fab = package.fab_pt.FABAttack_PT(victim, n_iter=100, targeted=True, **shared)
+    fab = package.fab_pt.FABAttack_PT(model, n_iter=100, targeted=True, **shared)
     fab.n_target_classes = targets
     square = package.square.SquareAttack(
-        victim, p_init=0.8, n_queries=queries, resc_schedule=False, **shared
+        model, p_init=0.8, n_queries=queries, resc_schedule=False, **shared
     )
     attacks = {"APGD-CE": apgd, "APGD-T": targeted, "FAB-T": fab, "Square": square}
     if classes < 4:

@@ -61,6 +61,7 @@ def run(
         ...     Path(place, "a.html").stat().st_size > 0, report.settings["images"]
         (True, 20)
     """
+    json, markdown, html = (t and t.expanduser() for t in (json, markdown, html))
     targets = [target for target in (json, markdown, html) if target is not None]
     for target in targets:
         check_target(target)
@@ -137,4 +138,4 @@ def _tell_order(classes: Sequence[str]) -> None:
 def _name(model: str, weights: str | None) -> str:
     if weights is None:
         return model
-    return weights if weights == "DEFAULT" else Path(weights).stem
+    return model if weights == "DEFAULT" else Path(weights).stem

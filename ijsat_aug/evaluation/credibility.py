@@ -55,8 +55,8 @@ def doubts(
             _probabilities(logits),
             chance or _depends_on_batch(victim, images, logits),
         ]
-        if attacked and len(x):
-            found += _of_gradients(victim, x, y, seed)
+        if attacked:
+            found += _of_gradients(victim, x, y, seed) if len(x) else [_none_right(len(images))]
     return [warning for warning in found if warning is not None]
 
 
@@ -109,6 +109,13 @@ def _not_finite(share: float) -> str:
     )
 
 
+def _none_right(count: int) -> str:
+    return (
+        f"None of the {count} images that were looked at is right, so that nothing is known of the "
+        "gradients that attacks follow."
+    )
+
+
 def _in_train_mode(training: bool) -> str | None:
     if not training:
         return None
@@ -130,8 +137,7 @@ def _probabilities(logits: Tensor) -> str | None:
 @torch.no_grad()
 def _random(victim: Victim, x: Tensor) -> str | None:
     outputs = [victim(x) for _ in range(5)]
-    scale = outputs[0].abs().amax().clamp(min=1e-6)
-    apart = max(float((o - outputs[0]).abs().max() / scale) for o in outputs[1:])
+    apart = max(_apart(o, outputs[0]) for o in outputs[1:])
     if apart <= 1e-4:
         return None
     changed = max(float((o.argmax(1) != outputs[0].argmax(1)).float().mean()) for o in outputs[1:])
@@ -146,13 +152,18 @@ def _random(victim: Victim, x: Tensor) -> str | None:
 def _depends_on_batch(victim: Victim, x: Tensor, logits: Tensor) -> str | None:
     few = range(min(8, len(x)))
     alone = torch.cat([victim(x[i : i + 1]) for i in few])
-    scale = logits.abs().amax().clamp(min=1e-6)
-    if float((alone - logits[: len(alone)]).abs().max() / scale) <= 1e-2:
+    if _apart(alone, logits[: len(alone)]) <= 1e-2:
         return None
     return (
         "A prediction depends on the other images of the batch, as with BatchNorm that has no "
         "running statistics: the accuracies below hold for this batch size alone."
     )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, against the largest value; a class that is masked may be infinite."""
+    scale = other.where(other.isfinite(), 0).abs().amax().clamp(min=1e-6)
+    return float((one - other).where(one != other, 0).abs().max() / scale)
 
 
 def _flat(victim: Victim, x: Tensor, y: Tensor) -> Tensor | None:

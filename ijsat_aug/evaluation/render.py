@@ -14,7 +14,8 @@ from .table import Row, rows
 __all__ = ["to_html", "to_markdown", "to_table"]
 
 _NO_AUTOATTACK = (
-    "Without AutoAttack: the accuracies under PGD are upper bounds, and no claim of robustness."
+    "Without AutoAttack beside it, the accuracy under {} is an upper bound, and no claim of "
+    "robustness."
 )
 
 
@@ -57,12 +58,12 @@ def to_markdown(report: Report, against: Report | None = None) -> str:
     """
     columns = _columns(against)
     lines = [
-        f"**{_title(report, against)}**", "",
+        f"**{_plain(_title(report, against))}**", "",
         f"| {' | '.join(columns)} |",
         f"|{'|'.join(':--' if c in ('threat', 'budget') else '--:' for c in columns)}|",
     ]  # fmt: skip
     for row in rows(report, against):
-        cells = _cells(row, against)
+        cells = [_plain(cell) for cell in _cells(row, against)]
         lines.append(f"| {' | '.join(f'**{c}**' if row.strong and c else c for c in cells)} |")
     lines += [f"\n> {remark}" for remark in _remarks(report)]
     return "\n".join(lines) + "\n"
@@ -86,6 +87,11 @@ def to_html(report: Report, against: Report | None = None) -> str:
     )  # fmt: skip
 
 
+def _plain(text: str) -> str:
+    """Words that Markdown takes for nothing else."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
 def _title(report: Report, against: Report | None) -> str:
     settings = report.settings
     title = f"{settings.get('name', 'model')}, {settings.get('images', '?')} images"
@@ -95,8 +101,13 @@ def _title(report: Report, against: Report | None) -> str:
 def _remarks(report: Report) -> list[str]:
     """Warnings, and what the numbers do not say by themselves."""
     names = set(report.results)
-    claims = names & {"linf", "l2"} and not names & {"autoattack", "autoattack_l2"}
-    return [*report.warnings, *([_NO_AUTOATTACK] if claims else [])]
+    pairs = {"linf": "autoattack", "l2": "autoattack_l2"}
+    alone = [
+        report.results[n].title for n, sure in pairs.items() if n in names and sure not in names
+    ]
+    if not alone:
+        return [*report.warnings]
+    return [*report.warnings, _NO_AUTOATTACK.format(" and ".join(alone))]
 
 
 def _columns(against: Report | None) -> list[str]:
@@ -140,7 +151,8 @@ def _html_line(report: Report, clean: Result, result: Result) -> str:
         difference = "" if result is clean else _difference(clean.pictures[i], image)
         name = html.escape(_name(report, seen))
         cells.append(
-            f'<td class="{fooled}"><img src="data:image/png;base64,{image}" alt="">{difference}'
+            f'<td class="{fooled}"><img src="data:image/png;base64,{html.escape(image)}" alt="">'
+            f"{difference}"
             f"<br>{name}</td>"
         )
     return f"<tr><th>{title}</th>{''.join(cells)}</tr>"

@@ -223,6 +223,8 @@ class Report:
             if values["format"] != FORMAT:
                 raise ValueError(f"{path} has format {values['format']}; this version reads 1.")
             results = {name: read_result(value) for name, value in values["results"].items()}
+            if len({len(result.correct) for result in results.values()}) > 1:
+                raise KeyError("results of different images")
             classes = None if values["classes"] is None else tuple(values["classes"])
             return cls(
                 values["settings"], results, tuple(values["warnings"]), tuple(values["truth"]),

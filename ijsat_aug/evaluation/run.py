@@ -31,13 +31,15 @@ from .pictures import to_png
 from .report import Entry, Report, Result
 from .store import Store, fingerprint
 from .threats import Threat, select_threats
-from .victim import Victim
+from .victim import Found, Victim
 
 __all__ = ["checked", "evaluate"]
 
 _SHOWN_SEVERITY = 3
 _SHOWN = 6
 _DOUBTED = 128
+_ROUNDING = 1e-4
+_KNOWN_BY = 64  # of the images in a file of corrupted ones
 
 
 def evaluate(
@@ -111,9 +113,9 @@ def evaluate(
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     check_logits(logits, 1, y, values=True)
-    if logits.isnan().any():
+    if logits.isnan().any() and _answers_nothing(victim, x):
         raise ValueError(
-            "the model's first answer is no number (NaN): its weights are damaged or have diverged."
+            "the model's answers are no numbers (NaN): its weights are damaged or have diverged."
         )
     if classes is not None and len(classes) != logits.shape[1]:
         raise ValueError(
@@ -129,7 +131,7 @@ def evaluate(
     batches = Batches(batch_size)
     of_these = {key: value for key, value in settings.items() if key != "name"}
     # A function has no weights to tell it from another, and a layer may have other gradients.
-    of_these["logits"] = logits.flatten()[:32].tolist()
+    of_these["logits"] = logits.flatten()[:32].nan_to_num().tolist()
     of_these["parts"] = victim.parts
     store = Store(folder, of_these, overwrite=overwrite)
     work = Work(victim, x, y, seed, batches, store, Display(progress))
@@ -204,11 +206,13 @@ class Work:
     shown: tuple[int, ...] = ()
 
     def doubts(self, attacked: bool) -> list[str]:
-        """Warnings, from as many of the first images as fit."""
+        """Warnings, from as many images as fit."""
         found: list[str] = []
 
         def look() -> None:
-            x, y = (t[: min(_DOUBTED, self.batches.size)] for t in (self.x, self.y))
+            count = min(_DOUBTED, self.batches.size, len(self.x))
+            some = torch.linspace(0, len(self.x) - 1, count).long()  # data may be sorted by class
+            x, y = self.x[some], self.y[some]
             place = self.victim.device
             x, y = x.to(place), y.to(place)
             found.extend(doubts(self.victim, x, y, self.seed, attacked=attacked))
@@ -238,6 +242,7 @@ class Work:
             x, y = (t[places].to(self.victim.device) for t in (self.x, self.y))
             draws = Draws(self.seed, threat.name, places, x.device)
             found = threat.attack(self.victim, x, y, draws)
+            _check_found(found, x, threat.name)
             return found.images, dict(found.right)
 
         return self._keep(threat, attack, right)
@@ -315,12 +320,25 @@ class Work:
         missing = [i for i in self.shown if i not in seen]
         if missing:
             with self.victim.frozen():
-                guesses = self.victim.predict(self.x[missing].to(self.victim.device)).tolist()
+                parts = self.x[missing].to(self.victim.device).split(self.batches.size)
+                guesses = [int(c) for part in parts for c in self.victim.predict(part)]
             seen = seen | dict(zip(missing, guesses, strict=True))
         return {
             "pictures": tuple(to_png(pictures.get(i, self.x[i])) for i in self.shown),
             "seen": tuple(seen[i] for i in self.shown),
         }
+
+
+def _check_found(found: Any, x: Tensor, name: str) -> None:
+    """Refuse what an attack of the user's own may not return."""
+    images = found.images if isinstance(found, Found) else None
+    if images is None or images.shape != x.shape:
+        got = type(found).__name__ if images is None else tuple(images.shape)
+        raise TypeError(
+            f"the threat {name!r} must return Found(images) of shape {tuple(x.shape)}, got {got}."
+        )
+    if not bool(((images >= -_ROUNDING) & (images <= 1 + _ROUNDING)).all()):
+        raise ValueError(f"the threat {name!r} returned images that are not in [0, 1], or NaN.")
 
 
 Source = Callable[[str, int, int, int], Tensor]
@@ -349,8 +367,12 @@ def _source(
             )
         return images
 
-    firsts = {name: tuple(read(name, severity, 0, 1) for severity in SEVERITIES) for name in names}
-    return read, {name: f"files {fingerprint(*images)}" for name, images in firsts.items()}
+    some = sorted(set(torch.linspace(0, len(x) - 1, min(_KNOWN_BY, len(x))).long().tolist()))
+    known = {
+        name: [read(name, severity, i, i + 1) for severity in SEVERITIES for i in some]
+        for name in names
+    }
+    return read, {name: f"files {fingerprint(*images)}" for name, images in known.items()}
 
 
 def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,6 +410,13 @@ def _corruptions(names: Sequence[str]) -> list[str]:
     for name in found:
         check_choice(name)
     return list(dict.fromkeys(found))
+
+
+def _answers_nothing(victim: Victim, x: Tensor) -> bool:
+    """Whether some images, one after the other, all get no number."""
+    some = torch.linspace(0, len(x) - 1, min(16, len(x))).long()
+    with victim.frozen():
+        return all(int(victim.predict(x[i : i + 1].to(victim.device))) < 0 for i in some.tolist())
 
 
 def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:

@@ -61,11 +61,11 @@ class Row:
 
     @property
     def difference(self) -> str:
-        """The change in points, and half of its interval."""
+        """The change in points, and how far its interval goes, on its longer side."""
         if self.change is None:
             return ""
         value, low, high = (100 * v for v in self.change)
-        half = "" if math.isnan(low) else f" ± {(high - low) / 2:.1f}"
+        half = "" if math.isnan(low) else f" ± {max(high - value, value - low):.1f}"
         return f"{value:+.1f}{half}"
 
 
@@ -88,7 +88,7 @@ def rows(report: Report, against: Report | None = None) -> list[Row]:
     found = []
     for kind, part in _HEADINGS:
         results = report.of_kind(kind)
-        found += [_row(part, result, against) for result in results]
+        found += [_row(part, result, report, against) for result in results]
         if kind == "unseen" and len(results) > 1:
             found.append(_union(report, against, part, "worst case of the unseen", "unseen"))
     attacks = report.attacks()
@@ -98,8 +98,8 @@ def rows(report: Report, against: Report | None = None) -> list[Row]:
     return found + _corruptions(report, against)
 
 
-def _row(part: str, result: Result, against: Report | None) -> Row:
-    other = _same(result, against)
+def _row(part: str, result: Result, report: Report, against: Report | None) -> Row:
+    other = _same(result, report, against)
     change = None if other is None else _paired([result.correct], [other.correct])
     steps = str(result.steps) if result.steps else ""
     return Row(part, result.title, result.budget, steps, result.accuracy, change, result.reference)
@@ -109,7 +109,7 @@ def _union(report: Report, against: Report | None, part: str, title: str, *kinds
     results = report.attacks(*kinds)
     names = [result.name for result in results]
     change = None
-    if against is not None and all(_same(result, against) for result in results):
+    if against is not None and all(_same(result, report, against) for result in results):
         change = _paired([report.worst(names)], [against.worst(names)])
     return Row(part, title, "", "", report.union(*kinds), change, strong=True)
 
@@ -124,7 +124,7 @@ def _corruptions(report: Report, against: Report | None) -> list[Row]:
     found = []
     for group in groups.values():
         ours = [r.correct for r in group]
-        theirs = [other.correct for r in group if (other := _same(r, against))]
+        theirs = [other.correct for r in group if (other := _same(r, report, against))]
         change = _paired(ours, theirs) if len(theirs) == len(ours) else None
         share = _clustered(ours)
         found.append(Row(part, group[0].title, f"{len(group)} severities", "", share, change))
@@ -174,11 +174,16 @@ def _means(lines: list[str]) -> list[float]:
     return [fmean(c == "1" for c in image) for image in zip(*lines, strict=True)]
 
 
-def _same(result: Result, against: Report | None) -> Result | None:
+def _same(result: Result, report: Report, against: Report | None) -> Result | None:
     """The result of the other report under the same threat, if it has one."""
     other = None if against is None else against.results.get(result.name)
-    threats = [(r.budget, r.steps, r.reference) for r in (result, other) if r is not None]
-    return other if len(set(threats)) == 1 else None
+    if against is None or other is None:
+        return None
+    kinds = ("budget", "steps", "reference")
+    same = all(getattr(result, kind) == getattr(other, kind) for kind in kinds)
+    if result.kind == "manifold":
+        same = same and report.settings.get("flow") == against.settings.get("flow")
+    return other if same else None
 
 
 def check_same_images(ours: str | None, against: Report) -> None:

@@ -21,7 +21,7 @@ from ..transforms.functional import joint_space_adv
 from ..words import is_between, number
 from .autoattack import auto_attack
 from .draws import Draws
-from .report import Entry
+from .report import ATTACKS, Entry
 from .spaces import SPACES, Space
 from .victim import Found, Victim
 
@@ -49,6 +49,15 @@ class Threat(Entry):
     """
 
     attack: Attack = field(compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ATTACKS:
+            raise ValueError(
+                f"kind of the threat {self.name!r} is one of {', '.join(ATTACKS)}, got "
+                f"{self.kind!r}."
+            )
+        if not isinstance(self.budget, str):
+            raise TypeError(f"budget of the threat {self.name!r} is text, got {self.budget!r}.")
 
     def __repr__(self) -> str:
         return f"Threat({self.name!r}, budget={self.budget!r}, steps={self.steps})"
@@ -169,7 +178,8 @@ def select_threats(
             first = asked.setdefault(threat.name, threat)
             if threat.name == "clean":
                 raise ValueError("'clean' is the row without a threat: give yours another name.")
-            if first != threat:
+            own = isinstance(name, Threat) or first in names
+            if first != threat or (own and first.attack is not threat.attack):
                 raise ValueError(
                     f"{first!r} and {threat!r} have one name, and a report has room for one of "
                     "them: evaluate twice."
@@ -203,8 +213,7 @@ def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]
     norm: Norm = "l2" if name.endswith("l2") else "linf"
     usual = {"linf": 8 / 255, "l2": math.sqrt(math.prod(shape) / 3072)}
     eps = usual[norm] if budget is None else budget
-    if norm == "linf":
-        _check_range(eps)
+    _check_range(eps, 1.0 if norm == "linf" else math.sqrt(math.prod(shape)))
     shown = _show(eps) if norm == "linf" else _rounded(eps, budget)
     title = "L2" if norm == "l2" else "L∞"
     if name.startswith("autoattack"):
@@ -261,8 +270,8 @@ def _rounded(radius: float, given: float | None) -> str:
     return f"{radius:.3g}" if given is None else f"{radius:.6g}"
 
 
-def _check_range(eps: float) -> None:
-    if eps > 1:
+def _check_range(eps: float, whole: float = 1.0) -> None:
+    if eps > whole:
         raise ValueError(
             f"a budget of {eps:g} is wider than the whole range of pixels, [0, 1]: did you mean "
             f"{eps:g}/255?"

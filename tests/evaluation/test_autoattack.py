@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -86,3 +87,11 @@ def test_the_seed_decides_what_it_draws(monkeypatch) -> None:
     for seed in (0, 0, 1):
         autoattack.auto_attack("linf", 0.1)(victim, x, torch.arange(4), Draws(seed, "a", range(4)))
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_models_in_double_precision(net, digits, labels) -> None:
+    found = evaluate(
+        copy.deepcopy(net).double(), digits[:6], labels[:6], threats=["autoattack=0.02"],
+        corruptions=[],
+    )  # fmt: skip
+    assert found.accuracy("autoattack") <= found.accuracy("clean")

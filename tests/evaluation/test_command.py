@@ -97,7 +97,7 @@ def test_the_bars_say_what_is_going_on(place) -> None:
     )  # fmt: skip
     assert "images/s" in result.output
     assert "right" in result.output
-    assert "upper bounds" in " ".join(result.output.split())
+    assert "is an upper bound" in " ".join(result.output.split())
 
 
 def test_a_folder_of_images_and_a_torchvision_model(tmp_path) -> None:

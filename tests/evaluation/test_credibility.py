@@ -228,7 +228,7 @@ def test_answers_that_are_no_numbers(net, digits, labels) -> None:
             lost = x.flatten(1).mean(1) > self.above
             return net(x).masked_fill(lost[:, None], torch.nan)
 
-    with pytest.raises(ValueError, match="first answer is no number"):
+    with pytest.raises(ValueError, match="answers are no numbers"):
         evaluate(Diverged(0.0), digits[:8], labels[:8], threats=[], corruptions=[])
     order = digits.flatten(1).mean(1).argsort()[:100]
     x, y = digits[order], labels[order]

@@ -145,11 +145,11 @@ def test_the_page_holds_everything_itself() -> None:
 
 def test_who_shows_pgd_alone_is_told() -> None:
     alone = report(clean="11", linf="10")
-    assert "upper bounds" in to_markdown(alone)
-    assert "upper bounds" in to_html(alone)
-    assert "upper bounds" in to_table(alone).caption
+    assert "upper bound" in to_markdown(alone)
+    assert "upper bound" in to_html(alone)
+    assert "upper bound" in to_table(alone).caption
     both = Report(alone.settings, {**alone.results, "autoattack": result("autoattack", "10")})
-    assert "upper bounds" not in to_markdown(both)
+    assert "upper bound" not in to_markdown(both)
     assert to_table(both).caption is None
 
 
@@ -186,7 +186,7 @@ def test_the_change_under_a_corruption_counts_images_not_severities() -> None:
     fog = rows(found(ours), found(theirs))[0]
     (one,) = (r for r in rows(report(clean=ours), report(clean=theirs)) if r.title == "CLEAN")
     assert fog.change == pytest.approx(one.change)
-    assert fog.difference == one.difference == "+20.0 ± 11.4"
+    assert fog.difference == one.difference == "+20.0 ± 12.1"
 
 
 def test_noise_of_another_seed_is_not_compared() -> None:
@@ -223,3 +223,50 @@ def test_other_steps_are_not_compared() -> None:
     base = Report({"data": "d"}, {**ours, "linf": replace(ours["linf"], steps=10)})
     lines = {row.title: row.difference for row in rows(Report({"data": "d"}, ours), base)}
     assert lines["LINF"] == ""
+
+
+def test_attacks_along_other_flows_are_not_compared() -> None:
+    def found(flow: str, line: str) -> Report:
+        om = result("om", line, "manifold")
+        return Report(
+            {"data": "d", "flow": flow}, {"clean": result("clean", "11", "clean"), "om": om}
+        )
+
+    ours, theirs = found("a", "11"), found("b", "10")
+    changes = {row.title: row.change for row in rows(ours, theirs)}
+    assert changes["OM"] is changes["worst case of 1 attack"] is None
+    assert {r.title: r.change for r in rows(ours, found("a", "10"))}["OM"] is not None
+
+
+def test_the_half_of_an_interval_that_is_cut_off_is_not_told_as_all() -> None:
+    (one,) = (r for r in rows(report(clean="0" * 20), report(clean="1" * 20)) if r.title == "CLEAN")
+    assert one.change is not None
+    assert one.difference == f"-100.0 ± {100 * one.change.high + 100:.1f}"
+
+
+def test_words_of_the_user_break_neither_tables_nor_pages() -> None:
+    clean = Result(
+        "clean", "a|b\n<b>", "clean", "", 0, "", "10", pictures=('"><script>',), seen=(0,)
+    )
+    found = Report({"data": "d", "images": 2, "name": "<img src=x>"}, {"clean": clean}, truth=(0,))
+    lines = to_markdown(found).splitlines()
+    assert lines[0] == "**&lt;img src=x&gt;, 2 images**"
+    assert lines[4].startswith(r"| a\|b &lt;b&gt; |")
+    assert "<script>" not in to_html(found)
+
+
+@pytest.mark.parametrize(("names", "told"), [
+    (("linf", "autoattack_l2"), "LINF"), (("l2", "autoattack"), "L2"),
+    (("l2", "linf"), "LINF and L2"),
+])  # fmt: skip
+def test_autoattack_in_the_other_norm_is_no_autoattack(names, told) -> None:
+    found = Report({"data": "d"}, {n: result(n, "10") for n in ("clean", *names)})
+    assert f"the accuracy under {told} is an upper bound" in to_markdown(found)
+
+
+def test_results_of_other_images_are_no_report(tmp_path) -> None:
+    found = json.loads(report(clean="10", linf="10").to_json())
+    found["results"]["linf"]["correct"] = "101"
+    (tmp_path / "a").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="is no report of an evaluation"):
+        Report.load(tmp_path / "a")

@@ -660,3 +660,126 @@ def test_other_weights_that_are_hidden_are_another_model(as_module, tmp_path) ->
     nn.init.zeros_(net[1].weight)
     with pytest.raises(ValueError, match="results of another model"):
         evaluate(model if as_module else model.forward, x, y, **options)
+
+
+def mine(attack=lambda victim, x, y, draws: Found(x), **changes) -> Threat:
+    values = {"kind": "unseen", "budget": "1", **changes}
+    return Threat("mine", "Mine", values["kind"], values["budget"], 1, "here", attack)
+
+
+def test_a_threat_of_a_kind_that_no_table_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind of the threat 'mine' is one of lp, manifold"):
+        mine(kind="linf")
+    with pytest.raises(TypeError, match="budget of the threat 'mine' is text"):
+        mine(budget=0.5)
+
+
+def test_two_attacks_of_one_name_are_told(net, flow) -> None:
+    one, other = mine(), mine(attack=lambda victim, x, y, draws: Found(1 - x))
+    assert one == other  # by what a report knows of them
+    for names in ([one, other], ["linf@2", dataclasses.replace(make_threat("linf@2"))]):
+        if names[0] is not one:
+            names[1] = dataclasses.replace(names[1], attack=one.attack)
+        with pytest.raises(ValueError, match="have one name"):
+            select_threats(names)
+    assert select_threats([one, one]) == [one]
+    assert len(select_threats(["linf@2", "linf@2"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda x: x, TypeError, r"must return Found\(images\) .* got Tensor"),
+        (lambda x: Found(x[:1]), TypeError, r"got \(1, 1, 8, 8\)"),
+        (lambda x: Found(x + torch.nan), ValueError, r"not in \[0, 1\], or NaN"),
+        (lambda x: Found(x + 0.1), ValueError, r"not in \[0, 1\], or NaN"),
+    ],
+)
+def test_what_an_own_attack_returns_is_looked_at(returned, error, message, net, digits, labels):
+    threat = mine(attack=lambda victim, x, y, draws: returned(x))
+    with pytest.raises(error, match=message):
+        evaluate(net, digits[:20], labels[:20], threats=[threat], corruptions=[])
+
+
+def test_doubts_look_at_images_of_all_classes(net, digits, labels) -> None:
+    """Data may be sorted: with the first ones all wrong, gradients are doubted all the same."""
+    y = labels[:260].clone()
+    y[:130] = (y[:130] + 1) % 10
+    found = evaluate(Levels16(net), digits[:260], y, threats=["linf@2"], corruptions=[])
+    assert any("gradient" in warning for warning in found.warnings)
+    wrong = evaluate(net, digits[:20], (net(digits[:20]).argmax(1) + 1) % 10, threats=["linf@2"],
+                     corruptions=[])  # fmt: skip
+    assert any("None of the 20 images that were looked at is right" in w for w in wrong.warnings)
+
+
+class Levels16(nn.Module):
+    """A network that sees whole levels alone, and has no gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((16 * x).round() / 16)
+
+
+def test_files_whose_images_changed_are_others(net, digits, labels, tmp_path) -> None:
+    options = {"threats": [], "corruptions": ["fog"], "corruption_files": tmp_path / "c"}
+    options["folder"] = tmp_path / "out"
+    before = evaluate(net, digits[:20], labels[:20], **options)
+    path = tmp_path / "c" / "fog.npy"
+    images = np.load(path)
+    images[:, 1:] = 255 - images[:, 1:]
+    np.save(path, images)
+    after = evaluate(net, digits[:20], labels[:20], **options)
+    assert after.accuracy("fog/3") < before.accuracy("fog/3")
+
+
+def test_images_of_many_channels_are_drawn_in_part(tmp_path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5 * 64, 3)).eval()
+    found = evaluate(model, torch.rand(6, 5, 8, 8), torch.arange(6) % 3, threats=["linf@2"],
+                     corruptions=())  # fmt: skip
+    assert found.results["linf"].pictures
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_one_image_without_an_answer_stops_no_evaluation(place: int, net, digits, labels) -> None:
+    lost = digits[place].clone()
+
+    def model(x: Tensor) -> Tensor:
+        return net(x).masked_fill((x == lost).flatten(1).all(1)[:, None], torch.nan)
+
+    found = evaluate(model, digits[:20], labels[:20], threats=[], corruptions=[])
+    assert found.results["clean"].correct[place] == "0"
+    assert found.accuracy("clean") > 0.8
+
+
+def test_masked_classes_are_no_sign_of_chance(net, digits, labels, tmp_path) -> None:
+    keep = labels < 7
+    x, y = digits[keep][:40], labels[keep][:40]
+
+    def model(images: Tensor) -> Tensor:
+        logits = net(images)
+        return torch.cat([logits[:, :7], torch.full_like(logits[:, 7:], -torch.inf)], 1)
+
+    options = {"threats": [], "corruptions": [], "folder": tmp_path}
+    for _ in range(2):  # and goes on with its results
+        found = evaluate(model, x, y, **options)
+        assert not any("random" in w or "batch" in w for w in found.warnings)
+
+
+def test_images_that_are_shown_go_through_the_model_in_batches_too(net, digits, labels) -> None:
+    sizes = []
+
+    def model(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return net(x)
+
+    evaluate(model, digits[:20], labels[:20], threats=["linf@1"], corruptions=[], batch_size=1)
+    assert max(sizes) == 1
+
+
+def test_a_radius_wider_than_all_pixels_is_a_slip() -> None:
+    for name in ("l2=128", "autoattack_l2=128"):
+        with pytest.raises(ValueError, match="did you mean 128/255"):
+            make_threat(name)

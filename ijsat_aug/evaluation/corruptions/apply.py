@@ -82,6 +82,7 @@ def corrupt(
     data set: not on the batch or the device, but for a level here and there where rounding differs.
     The parameters are those of CIFAR-10-C where the shorter side is below 128 pixels, else those of
     ImageNet-C: see ``SMALL`` and ``LARGE`` in :mod:`~ijsat_aug.evaluation.corruptions.severities`.
+    The files of ImageNet-C were saved as JPEG of quality 85 afterwards, which is not done here.
     Grey images pass those that need colour as grey RGB ones, and are turned to grey again.
 
     Args:

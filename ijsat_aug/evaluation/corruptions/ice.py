@@ -55,6 +55,8 @@ def ice_pictures() -> tuple[Tensor, ...]:
 def load_pictures(folder: str | Path) -> tuple[Tensor, ...]:
     """All pictures of a folder, in the order of their names, as ``(3, H, W)`` uint8.
 
+    Of the six that the original comes with the first five, from which it draws.
+
     Example:
         >>> import tempfile
         >>> from PIL import Image
@@ -68,6 +70,8 @@ def load_pictures(folder: str | Path) -> tuple[Tensor, ...]:
     files = sorted(f for f in Path(folder).expanduser().iterdir() if f.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no picture of frost ({', '.join(sorted(_SUFFIXES))}).")
+    if [f.stem for f in files] == [f"frost{i}" for i in range(1, 7)]:
+        files.pop()  # the original has six and draws from five
     pictures = []
     for file in files:
         with Image.open(file) as picture:

@@ -111,7 +111,8 @@ def frost(
         >>> frost(torch.zeros(1, 3, 8, 8), dice, 1.0, 0.25, 0.2, [snowball]).unique()
         tensor([0.2500])
     """
-    sheets = [_sheet(p.to(x.device, x.dtype) / 255, x, size) for p in pictures or ice_pictures()]
+    shown = ice_pictures() if pictures is None else pictures
+    sheets = [_sheet(p.to(x.device, x.dtype) / 255, x, size) for p in shown]
     which = dice.integers(0, len(sheets)).tolist()
     places = dice.uniform(0, 1, (2,)).tolist()
     pieces = [_piece(sheets[i], place, x) for i, place in zip(which, places, strict=True)]
