@@ -110,12 +110,13 @@ def _import_file(path: Path) -> Any:
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """As with ``python file.py`` and ``python -m``: a console script does not look there itself."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder.resolve()))
+    place, before = str(folder.resolve()), list(sys.path)
+    sys.path.insert(0, place)
     try:
         yield
     finally:
-        sys.path[:] = before
+        # Behind all others it stays: a model may import beside itself in its forward pass.
+        sys.path[:] = before if place in before else [*before, place]
 
 
 def _torchvision(name: str, weights: str | Path | None) -> nn.Module:

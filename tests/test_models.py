@@ -200,3 +200,27 @@ def test_a_file_may_be_called_as_a_module(tmp_path) -> None:
         with pytest.raises(RuntimeError, match="broken"):
             load_model(f"{broken}:net")
     assert set(sys.modules) <= set(before)
+
+
+def test_a_model_may_import_what_lies_beside_it_when_it_is_called(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "late_of_test.py").write_text("def double(x):\n    return 2 * x\n")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        from late_of_test import double\n"
+        "        return double(x)\n"
+    )
+    model = load_model(f"{tmp_path}/net.py:Net")
+    assert sys.path[-1] == str(tmp_path)  # behind all others
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("order", [("model", "state_dict"), ("state_dict", "model")])
+def test_wrappers_in_any_order(order, file, tmp_path) -> None:
+    net = load_model(f"{file}:make")
+    inner, outer = order
+    torch.save({outer: {inner: net.state_dict()}}, tmp_path / "a.pth")
+    again = load_model(f"{file}:make", tmp_path / "a.pth")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
