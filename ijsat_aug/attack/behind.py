@@ -15,6 +15,7 @@ __all__ = ["Shared", "roots"]
 T = TypeVar("T")
 
 _MANY = 256  # things that something holds, beyond which none of them is looked at
+_IN_ALL = 4096  # things that are looked at
 
 
 class Shared(Generic[T]):
@@ -52,19 +53,28 @@ class Shared(Generic[T]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared[T]:
         twin = Shared(self.thing)
-        twin._copies = memo
+        twin._copies = {} if twin._thing is None else memo
         return twin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shared, (self.thing,)
 
-def roots(
-    thing: Any, depth: int = 5, inside: bool = False, globals_too: int = 2
-) -> Iterator[nn.Module]:
+
+def roots(thing: Any) -> Iterator[nn.Module]:
     """The modules that something callable holds, or what it holds does.
 
     Of an object the attributes are looked at, but not the objects among them (``inside``); of a
     function the global names that it uses, and of a function among these (``globals_too``).
     """
-    thing = getattr(thing, "_orig_mod", thing)
+    yield from _roots(thing, 5, False, 2, iter(range(_IN_ALL)))
+
+
+def _roots(
+    thing: Any, depth: int, inside: bool, globals_too: int, left: Iterator[int]
+) -> Iterator[nn.Module]:
+    if next(left, None) is None:
+        return
+    thing = _held(thing, "_orig_mod") or thing
     if isinstance(thing, nn.Module):
         yield thing
         return
@@ -73,10 +83,10 @@ def roots(
         held, inside = list(getattr(thing, "__dict__", {}).values()), True
     if depth and held is not None and len(held) <= _MANY:
         for inner in held:
-            yield from roots(inner, depth - 1, inside, globals_too)
+            yield from _roots(inner, depth - 1, inside, globals_too, left)
     if isinstance(thing, FunctionType) and depth and globals_too:
         for named in _named_in(thing):
-            yield from roots(named, depth - 1, inside, globals_too - 1)
+            yield from _roots(named, depth - 1, inside, globals_too - 1, left)
 
 
 def _held_by(thing: Any) -> Sequence[Any] | None:
@@ -89,14 +99,22 @@ def _held_by(thing: Any) -> Sequence[Any] | None:
         return (thing.func, *thing.args, *thing.keywords.values())
     if isinstance(thing, MethodType):
         return (thing.__self__,)
-    wrapped = getattr(thing, "__wrapped__", None)
-    wrapped = wrapped or getattr(thing, "_torchdynamo_orig_callable", None)
+    wrapped = _held(thing, "__wrapped__")
+    wrapped = wrapped or _held(thing, "_torchdynamo_orig_callable")
     held = [] if wrapped is None else [wrapped]
     if isinstance(thing, FunctionType):
         defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
         cells = (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
         return [*held, *cells, *defaults]
     return held or None
+
+
+def _held(thing: Any, name: str) -> Any:
+    """An attribute, or None; an object of the user's may answer with an error of any kind."""
+    try:
+        return getattr(thing, name, None)
+    except Exception:
+        return None
 
 
 def _named_in(function: FunctionType) -> list[Any]:

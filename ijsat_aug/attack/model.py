@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..precision import warn_if_emulated
 from .balls import at_full_size
 from .behind import Shared, roots
-from .hidden import is_compiled, told_of_others
+from .hidden import around_others, is_compiled
 from .traces import RESTLESS, attributes_kept, buffers_kept, no_cached_weights, version_of
 
 __all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "unwrap"]
@@ -28,7 +29,8 @@ Model = Callable[..., Any]
 M = TypeVar("M", bound=Model)
 
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
-_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+_COLLECTIVE = (DistributedDataParallel, DataParallel)
+_WRAPPERS = (*_COLLECTIVE, AveragedModel)
 
 
 class ModelHandle:
@@ -86,7 +88,8 @@ class ModelHandle:
                 f"{memory_format!r}."
             )
         self._model: Shared[Model | None] = Shared(None if model is None else unwrap(model))
-        _check_outermost(_parts(self.model))
+        if isinstance(self.model, nn.Module):  # of a callable what it calls shows in time
+            _check_outermost(_parts(self.model))
         self.mode = mode
         self.amp_dtype = amp_dtype
         self.memory_format = memory_format
@@ -94,6 +97,7 @@ class ModelHandle:
         # What the first call tells: whether it changes its input, and what else it calls.
         self._writes: bool | None = None
         self._hidden: WeakSet[nn.Module] | None = None
+        self._unseen = True  # whether the attack has yet to call it
         self._stack: ExitStack | None = None  # of what is put back after the attack
 
     @property
@@ -105,6 +109,11 @@ class ModelHandle:
     def modules(self) -> list[nn.Module]:
         """All modules of the model, or behind a callable that is none."""
         return list(dict.fromkeys([*_parts(self.model), *(self._hidden or ())]))
+
+    @property
+    def _known(self) -> list[nn.Module]:
+        """Those whose calls need no look."""
+        return [m for m in self.modules if not isinstance(m, _COLLECTIVE)]
 
     def to(self, model: Model | None, route: Route | None = None) -> ModelHandle:
         """A handle on another model, with the same settings but for ``route``."""
@@ -129,7 +138,7 @@ class ModelHandle:
             images = images.clone()
         version = version_of(images)
         assert self.model is not None
-        with self._watched():
+        with self.watched():
             logits = logits_of(self.model(images))
         changed = version_of(images) != version
         if changed and images is given:
@@ -152,10 +161,16 @@ class ModelHandle:
         Example:
             >>> ModelHandle(torch.nn.Linear(2, 2)).check_alone("use p=1")  # of one process alone
         """
-        if _are_sharded(_parts(self.model)):
+        modules = self.modules
+        if _are_sharded(modules):
             raise ValueError(
                 "the model is sharded (FSDP), and waits in every pass for all processes, which "
                 f"must attack as often: {instead}."
+            )
+        if self.mode == "train" and any(isinstance(m, nn.SyncBatchNorm) for m in modules):
+            raise ValueError(
+                'with model_mode="train" SyncBatchNorm waits in every pass for all processes, '
+                f"which must attack as often: {instead}."
             )
 
     @contextmanager
@@ -180,11 +195,13 @@ class ModelHandle:
                 stack.enter_context(torch.random.fork_rng(cuda))
                 _seed(device, seed)
             stack.enter_context(self._still(self.modules))
-            outer, self._stack = self._stack, stack
+            outer = self._stack, self._unseen
+            self._stack = stack
+            self._unseen = self._hidden is None or not isinstance(self.model, nn.Module)
             try:
                 yield
             finally:
-                self._stack = outer
+                self._stack, self._unseen = outer
 
     @contextmanager
     def _still(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -223,23 +240,42 @@ class ModelHandle:
                     parameter.requires_grad_()
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Around the first call in an attack: freeze what it calls that we did not know of."""
-        if self._hidden is not None or self._stack is None:
+    def watched(self) -> Iterator[None]:
+        """Around the first call in an attack: freeze what it calls that we did not know of.
+
+        A callable may call another module each time, a module shows at once what it hides.
+        """
+        if self._stack is None or not self._unseen:
             yield
             return
-        stack, hidden = self._stack, WeakSet[nn.Module]()
+        self._unseen = False
+        if is_compiled(self.model):  # it would be compiled again
+            self._tell_of_none()
+            yield
+            return
+        found = WeakSet[nn.Module]()
 
-        def freeze(module: nn.Module) -> None:
+        def still(module: nn.Module) -> AbstractContextManager[None]:
             parts = list(module.modules())
             _check_outermost(parts)
-            hidden.update(parts)
-            stack.enter_context(self._still(parts))
+            found.update(parts)
+            return self._still(parts)
 
-        watch = nullcontext() if is_compiled(self.model) else told_of_others(self.modules, freeze)
-        with watch:
+        # For the time of its call alone: a caller may have changed it for that call.
+        with around_others(self._known, still):
             yield
-        self._hidden = hidden
+        self._hidden = WeakSet([*(self._hidden or ()), *found])
+        self._stack.enter_context(self._still(list(found)))
+
+    def _tell_of_none(self) -> None:
+        if not self.modules and self._hidden is None:
+            self._hidden = WeakSet()
+            warnings.warn(
+                "the model is a compiled function, behind which no module is found: it is attacked "
+                "in the mode that it is in, dropout and BatchNorm as in training; compile the "
+                "module, or give it instead.",
+                stacklevel=3,
+            )
 
     def _dtype(self, default: torch.dtype) -> torch.dtype:
         """The precision of the first kernel or matrix: norms and scales may have another."""
@@ -258,7 +294,7 @@ class ModelHandle:
 
 
 def _check_outermost(modules: Iterable[nn.Module]) -> None:
-    if any(isinstance(m, (DistributedDataParallel, DataParallel)) for m in modules):
+    if any(isinstance(m, _COLLECTIVE) for m in modules):
         raise ValueError(
             "the model holds a DistributedDataParallel or DataParallel module inside, whose "
             "collectives an attack must not call: put that wrapper outermost."

@@ -17,6 +17,7 @@ from .blend import Space
 from .checks import (
     check_flow,
     check_images,
+    check_manifold,
     check_place,
     check_space,
     check_start,
@@ -133,8 +134,9 @@ def joint_space_adv(
     if threat.moves_latent:
         check_flow(flow, images)
     check_start("pixel_start", pixel_start, images.shape)
-    if flow is not None:
-        check_start("latent_start", latent_start, (len(images), flow.latent_dim))
+    if latent_start is not None:
+        wanted = (len(images), check_manifold(flow).latent_dim)
+        check_start("latent_start", latent_start, wanted)
     return climb(
         images, labels, handle, flow, threat, scale,
         pixel_start=pixel_start, latent_start=latent_start, seed=seed, careful=check_values,

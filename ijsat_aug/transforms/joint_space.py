@@ -186,6 +186,9 @@ class JointSpaceAdv(BatchTransform):
         super()._check_setting(name, value)
         if name == "target" and value not in ("label", "prediction", "random"):
             raise ValueError(f'target must be "label", "prediction" or "random", got {value!r}.')
+        threat = vars(self).get("threat")
+        if name == "target" and value == "random" and threat and not threat.targeted:
+            raise ValueError('target="random" is approached: make the attack with targeted=True.')
         if name == "choose" and value not in ("random", "hardest"):
             raise ValueError(f'choose must be "random" or "hardest", got {value!r}.')
 

@@ -180,7 +180,7 @@ def guarded(
     images = images_of(attack)
 
     def call(pictures: Tensor, targets: Tensor) -> Tensor:
-        with handle.frozen(pictures.device, seed):
+        with handle.frozen(pictures.device, seed), handle.watched():
             return images(pictures, targets)
 
     return images if handle.model is None else call

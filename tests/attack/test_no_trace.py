@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import types
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -876,3 +878,155 @@ def test_a_compiled_model_is_not_compiled_again_to_be_watched(network, digits, l
             adv(x, y)
         assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using `torch.compile\\(module\\)` when there are global hooks")
+@pytest.mark.parametrize("kind", ["method", "in a list", "function"])
+def test_models_with_compiled_parts_are_watched_all_the_same(kind, network, digits, labels) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(backend=backend, fullgraph=True)
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network
+            self.body = compiled(self._body)
+
+        def _body(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    torch._dynamo.reset()
+    net = compiled(network)
+    model = {"method": Part(), "in a list": _InAList(net), "function": lambda x: net(x)}[kind]
+    x, y = digits[:8], labels[:8]
+    before = state(network)
+    adv = JointSpaceAdv(model, eta=0, steps=2, generator=0)
+    plain = JointSpaceAdv(network, eta=0, steps=2, generator=0)
+    for _ in range(3):
+        assert (adv(x, y)[0] - plain(x, y)[0]).abs().gt(1e-4).float().mean() < 0.02
+        assert same(before, state(network))
+    assert 1 <= len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_function_behind_which_nothing_is_found_is_told(network, digits, labels) -> None:
+    torch._dynamo.reset()
+    deep = _Deep(network.eval())
+    model = torch.compile(lambda x: deep.parts.task.net(x), backend="eager")
+    adv = JointSpaceAdv(model, eta=0)
+    with pytest.warns(UserWarning, match="compiled function, behind which no module is found"):
+        adv(digits[:8], labels[:8])
+    adv(digits[:8], labels[:8])  # once
+    torch._dynamo.reset()
+
+
+def test_what_a_caller_changes_for_a_call_is_its_own_to_put_back(network, digits, labels) -> None:
+    deep = _Deep(network)
+    other = {k: v + 7 if v.is_floating_point() else v for k, v in network.state_dict().items()}
+
+    def in_eval_mode(x: Tensor) -> Tensor:
+        net = deep.task.net
+        was = net.training
+        net.eval()
+        out = net(x)
+        net.train(was)
+        return out
+
+    def with_other_weights(x: Tensor) -> Tensor:
+        return torch.func.functional_call(deep.task.net, other, x)
+
+    def with_a_switch(x: Tensor) -> Tensor:
+        deep.task.net.switch = False
+        out = deep.task.net(x)
+        deep.task.net.switch = True
+        return out
+
+    network.switch = True
+    before = state(network)
+    for model in (in_eval_mode, with_other_weights, with_a_switch):
+        for steps in (1, 3):
+            JointSpaceAdv(model, eta=0, steps=steps)(digits[:8], labels[:8])
+            assert same(before, state(network))
+            assert network.switch
+
+
+def test_a_callable_that_calls_another_model_later_is_watched_again(
+    network, digits, labels
+) -> None:
+    deep = _Deep(network)
+    adv = JointSpaceAdv(deep.ask, eta=0, steps=2)
+    adv(digits[:8], labels[:8])
+    deep.task.net = copy.deepcopy(network)
+    before = state(deep.task.net)
+    adv(digits[:8], labels[:8])
+    assert same(before, state(deep.task.net))
+
+
+def test_a_hidden_model_that_is_called_twice_in_a_pass(network, digits, labels) -> None:
+    deep = _Deep(network)
+    before = state(network)
+    adv = JointSpaceAdv(lambda x: deep.parts.task.net(x) + deep.parts.task.net(1 - x), eta=0)
+    adv(digits[:8], labels[:8])
+    assert same(before, state(network))
+
+
+def test_an_own_attack_finds_a_hidden_model_frozen(network, digits, labels) -> None:
+    deep, modes = _Deep(network), []
+    before = state(network)
+
+    def attack(x: Tensor, y: Tensor) -> Tensor:
+        deep.ask(x)
+        network[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+        deep.ask(x)
+        return x
+
+    RobustMixup(deep.ask, num_classes=10, attack=attack)(digits[:8], labels[:8])
+    network[1]._forward_pre_hooks.clear()
+    assert modes == [False]
+    assert same(before, state(network))
+
+
+def test_the_module_inside_a_wrapper_may_be_called(network, digits, labels) -> None:
+    wrapped = nn.DataParallel(network)
+    JointSpaceAdv(lambda x: wrapped.module(x), eta=0)(digits[:8], labels[:8])
+    with pytest.raises(ValueError, match="put that wrapper outermost"):
+        JointSpaceAdv(lambda x: wrapped(x), eta=0)(digits[:8], labels[:8])
+
+
+class _Answers(dict):
+    __getattr__ = dict.__getitem__
+
+
+def test_objects_that_answer_with_errors_of_their_own(network, digits, labels) -> None:
+    config = _Answers(temperature=2.0)
+    JointSpaceAdv(lambda x: network(x) / config.temperature, eta=0)(digits[:8], labels[:8])
+
+
+def test_a_copy_pickles_no_model_and_holds_none(network, digits, labels) -> None:
+    mix = RobustMixup(network, num_classes=10)
+    twin = copy.deepcopy(mix)
+    twin(digits[:8], labels[:8])
+    assert len(pickle.dumps(twin)) < 10_000  # with what it tells of its last batch
+    seen = weakref.ref(network_copy := copy.deepcopy(network))
+    holder = copy.deepcopy(RobustMixup(network_copy, num_classes=10)).bind(network)
+    del network_copy
+    gc.collect()
+    assert holder.model is network
+    assert seen() is None
+
+
+def test_synchronised_statistics_are_no_matter_of_one_process(digits, labels) -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(1), nn.Flatten(), nn.Linear(64, 10))
+    adv = JointSpaceAdv(model, eta=0, p=0.5, model_mode="train")
+    with pytest.raises(ValueError, match="SyncBatchNorm waits in every pass"):
+        adv(digits[:8], labels[:8])

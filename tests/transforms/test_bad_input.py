@@ -420,3 +420,17 @@ def test_an_attack_of_another_std_is_refused(net) -> None:
     attack = JointSpaceAdv(net, eta=0, mean=0.5, std=0.25)
     with pytest.raises(ValueError, match="different mean and std"):
         RobustMixup(net, num_classes=10, attack=attack, mean=0.5, std=0.5)
+
+
+def test_a_random_class_is_approached_also_later() -> None:
+    adv = JointSpaceAdv(eta=0)
+    with pytest.raises(ValueError, match="make the attack with targeted=True"):
+        adv.target = "random"
+    JointSpaceAdv(eta=0, targeted=True).target = "random"
+
+
+def test_a_name_where_the_functional_form_needs_a_flow(untouchable) -> None:
+    with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
+        joint_space_adv(X, Y, untouchable, "digits", eps=0.1, eta=0.1)
+    with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
+        joint_space_adv(X, Y, untouchable, "digits", eps=0.1, latent_start=torch.zeros(4, 64))
