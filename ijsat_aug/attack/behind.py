@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["Shared", "roots"]
+__all__ = ["Shared", "roots", "walk"]
 
 T = TypeVar("T")
 
@@ -61,32 +61,44 @@ class Shared(Generic[T]):
 
 
 def roots(thing: Any) -> Iterator[nn.Module]:
-    """The modules that something callable holds, or what it holds does.
+    """The modules that something callable holds, or what it holds does, as they are uncompiled."""
+    for held in walk(thing):
+        held = _held(held, "_orig_mod") or held
+        if isinstance(held, nn.Module):
+            yield held
 
-    Of an object the attributes are looked at, but not the objects among them (``inside``); of a
-    function the global names that it uses, and of a function among these (``globals_too``).
+
+def walk(thing: Any) -> Iterator[Any]:
+    """Something callable and what it holds, down to modules.
+
+    Of an object the attributes are looked at, but not the objects among them; of a function the
+    global names that it uses, and of a function among these.
+
+    Example:
+        >>> net = nn.Flatten()
+        >>> [type(held).__name__ for held in walk(lambda x: net(x))]
+        ['function', 'Flatten']
     """
-    yield from _roots(thing, 5, False, 2, iter(range(_IN_ALL)))
+    return _walk(thing, 5, False, 2, iter(range(_IN_ALL)))
 
 
-def _roots(
+def _walk(
     thing: Any, depth: int, inside: bool, globals_too: int, left: Iterator[int]
-) -> Iterator[nn.Module]:
+) -> Iterator[Any]:
     if next(left, None) is None:
         return
-    thing = _held(thing, "_orig_mod") or thing
+    yield thing
     if isinstance(thing, nn.Module):
-        yield thing
         return
     held = _held_by(thing)
     if held is None and not inside and not isinstance(thing, (type, ModuleType, Tensor)):
         held, inside = list(getattr(thing, "__dict__", {}).values()), True
     if depth and held is not None and len(held) <= _MANY:
         for inner in held:
-            yield from _roots(inner, depth - 1, inside, globals_too, left)
+            yield from _walk(inner, depth - 1, inside, globals_too, left)
     if isinstance(thing, FunctionType) and depth and globals_too:
         for named in _named_in(thing):
-            yield from _roots(named, depth - 1, inside, globals_too - 1, left)
+            yield from _walk(named, depth - 1, inside, globals_too - 1, left)
 
 
 def _held_by(thing: Any) -> Sequence[Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+
+from .behind import walk
 
 __all__ = ["around_others", "is_compiled"]
 
@@ -86,16 +89,19 @@ class _Calls:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether it or a module in it is compiled, which would be compiled again to be watched.
+    """Whether it, or what it holds, is compiled, which would be compiled again to be watched.
 
     Example:
         >>> is_compiled(nn.Flatten()), is_compiled(torch.compile(nn.Flatten()))
         (False, True)
     """
-    if hasattr(model, "_torchdynamo_orig_callable"):
-        return True
-    parts = model.modules() if isinstance(model, nn.Module) else [model]
-    return any(
+    return any(map(_has_compiled, walk(model)))
+
+
+def _has_compiled(thing: Any) -> bool:
+    if isinstance(thing, FunctionType):
+        return hasattr(thing, "_torchdynamo_orig_callable")
+    return isinstance(thing, nn.Module) and any(
         getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
-        for part in parts
+        for part in thing.modules()
     )

@@ -876,7 +876,7 @@ def test_a_compiled_model_is_not_compiled_again_to_be_watched(network, digits, l
         adv = JointSpaceAdv(model, eta=0, steps=3)
         for _ in range(2):
             adv(x, y)
-        assert len(graphs) == 1
+        assert len(graphs) <= 1  # torch 2.6 does not compile what is inside
     torch._dynamo.reset()
 
 
