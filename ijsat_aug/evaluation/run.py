@@ -112,6 +112,11 @@ def evaluate(
         )
     with victim.frozen():
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
+    if logits.shape[1:] == (1,):
+        raise ValueError(
+            "the model has one output, and accuracy wants one for each class: give one that "
+            "returns torch.cat((torch.zeros_like(out), out), 1)."
+        )
     check_logits(logits, 1, y, values=True)
     if logits.isnan().any() and _answers_nothing(victim, x):
         raise ValueError(

@@ -219,6 +219,8 @@ def _lp(name: str, budget: float | None, steps: int | None, shape: Sequence[int]
     if name.startswith("autoattack"):
         if steps is not None:
             raise ValueError("AutoAttack has fixed numbers of steps: leave '@...' out.")
+        if norm == "l2":
+            _check_square(*shape[1:])
         return Threat(
             name, f"AutoAttack {title}", "lp", shown, 100, "Croce and Hein, 2020 (standard)",
             auto_attack(norm, eps),
@@ -268,6 +270,18 @@ def _show(eps: float) -> str:
 def _rounded(radius: float, given: float | None) -> str:
     """As it was given: budgets that look alike count as the same."""
     return f"{radius:.3g}" if given is None else f"{radius:.6g}"
+
+
+def _check_square(height: int, width: int) -> None:
+    """Refuse sizes on which Square lays its tiles in L2 over the edge, after hours."""
+    side = height // 5
+    begin = (height - 5 * side) // 2
+    over = side > 1 and any(begin + n // side * side > n for n in (height, width))
+    if side == 0 or over:
+        raise ValueError(
+            f"autoattack_l2 takes no images of {height}x{width}, on which its part Square fails: "
+            "resize them (28, 32, 64, 96 and 224 are fine), or take 'l2' and 'autoattack'."
+        )
 
 
 def _check_range(eps: float, whole: float = 1.0) -> None:

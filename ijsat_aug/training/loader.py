@@ -174,6 +174,8 @@ class AugmentedLoader(Generic[T]):
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):  # not there yet while it is being unpickled
             raise AttributeError(name)
+        if name in _PLANNED:
+            return self._graph is not None if name == "captured" else getattr(self.plan, name)
         return getattr(self.loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

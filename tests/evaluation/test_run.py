@@ -783,3 +783,20 @@ def test_a_radius_wider_than_all_pixels_is_a_slip() -> None:
     for name in ("l2=128", "autoattack_l2=128"):
         with pytest.raises(ValueError, match="did you mean 128/255"):
             make_threat(name)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 12), (24, 24), (32, 36), (14, 14)])
+def test_sizes_on_which_square_fails_in_l2_are_told_before_the_work(size) -> None:
+    with pytest.raises(ValueError, match=r"autoattack_l2 takes no images of"):
+        make_threat("autoattack_l2", shape=(3, *size))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (32, 32), (64, 64), (224, 224)])
+def test_usual_sizes_are_fine_for_autoattack_in_l2(size) -> None:
+    assert make_threat("autoattack_l2", shape=(3, *size)).name == "autoattack_l2"
+
+
+def test_one_output_is_no_classifier(digits, labels) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval()
+    with pytest.raises(ValueError, match="the model has one output, and accuracy wants one"):
+        evaluate(model, digits[:4], labels[:4] % 2, threats=[], corruptions=[])

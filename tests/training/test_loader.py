@@ -380,3 +380,8 @@ def test_nobody_holds_the_batch_while_the_model_is_trained(epochs, network) -> N
 def test_a_graph_that_was_given_is_the_one_that_works(network) -> None:
     captured = CapturedTransform(JointSpaceAdv(network, eta=0))
     assert AugmentedLoader([], captured)._graph is captured
+
+
+def test_the_plan_can_be_read(network) -> None:
+    loader = AugmentedLoader([], JointSpaceAdv(network, eta=0), every=3, epochs=(1, None))
+    assert (loader.every, loader.epochs, loader.replay, loader.captured) == (3, (1, None), 1, False)
