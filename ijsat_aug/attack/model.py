@@ -40,7 +40,8 @@ class ModelHandle:
     handle. Wrappers with side effects (DDP, DataParallel, the averaged model of EMA) are taken off;
     a compiled model stays compiled. Of a callable that is no module, the module behind it (a bound
     method, a partial, a closure, an object that is called, a module that a function finds among
-    global names) is frozen.
+    global names) is frozen, and what the first call in an attack shows besides, unless it is
+    compiled: modules that are hidden in other modules, in objects of objects, in imported modules.
 
     Args:
         model: A module, or any callable from images to logits; None until there is one.
