@@ -212,9 +212,7 @@ def main() -> None:
     torch.manual_seed((options.seed + first) * processes + rank)
 
     # Ours, beside the import above: mixup, whose blends are attacked in the second half.
-    mix = RobustMixup.preset(
-        "accuracy", net, num_classes=classes, mean=MEAN, std=STD, amp_dtype=dtype
-    )
+    mix = RobustMixup.preset("accuracy", net, num_classes=classes, mean=MEAN, std=STD)
     data = AugmentedLoader(data, mix, device, epochs=(options.epochs // 2, None))
     data.set_epoch(first)  # so that a resumed AugmentedLoader knows where it is
 

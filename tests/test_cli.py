@@ -113,7 +113,8 @@ def test_inspect_prints_the_card_and_the_config() -> None:
 def test_a_card_that_lost_parts(tmp_path: Path) -> None:
     config, state = load_state("digits")
     card = save_flow(tmp_path, config, state) / "config.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "calibration": {"images": 3}}))
+    lost = {"calibration": {"images": 3, "linf": [{}], "l2": [], "recommended": {}}}
+    card.write_text(json.dumps(json.loads(card.read_text()) | lost))
     result = run("inspect", tmp_path)
     assert result.exit_code == 1
     assert "has lost parts" in " ".join(result.output.split())
