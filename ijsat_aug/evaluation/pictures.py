@@ -22,8 +22,7 @@ def to_png(image: Tensor) -> str:
         >>> to_png(torch.zeros(1, 8, 8))[:10]
         'iVBORw0KGg'
     """
-    if len(image) not in (1, 3):  # of others the first ones
-        image = image[: 3 if len(image) > 3 else 1]
+    image = image[: 3 if len(image) >= 3 else 1]  # of many channels the first ones
     step = max(1, -(-max(image.shape[1:]) // _WIDEST))
     pixels = (image.detach().cpu().float()[:, ::step, ::step] * 255).round().clamp(0, 255).byte()
     file = io.BytesIO()

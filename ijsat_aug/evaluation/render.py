@@ -152,8 +152,7 @@ def _html_line(report: Report, clean: Result, result: Result) -> str:
         name = html.escape(_name(report, seen))
         cells.append(
             f'<td class="{fooled}"><img src="data:image/png;base64,{html.escape(image)}" alt="">'
-            f"{difference}"
-            f"<br>{name}</td>"
+            f"{difference}<br>{name}</td>"
         )
     return f"<tr><th>{title}</th>{''.join(cells)}</tr>"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..attack.model import Model
+from ..flows.data import evenly_spaced
 from ..flows.manifold import Manifold, on_device
 from ..flows.pyramid import Pyramid, Tiles
 from ..models import first_logits
@@ -215,8 +216,8 @@ class Work:
         found: list[str] = []
 
         def look() -> None:
-            count = min(_DOUBTED, self.batches.size, len(self.x))
-            some = torch.linspace(0, len(self.x) - 1, count).long()  # data may be sorted by class
+            # Not the first ones: data may be sorted by class.
+            some = evenly_spaced(len(self.x), min(_DOUBTED, self.batches.size))
             x, y = self.x[some], self.y[some]
             place = self.victim.device
             x, y = x.to(place), y.to(place)
@@ -372,7 +373,7 @@ def _source(
             )
         return images
 
-    some = sorted(set(torch.linspace(0, len(x) - 1, min(_KNOWN_BY, len(x))).long().tolist()))
+    some = evenly_spaced(len(x), _KNOWN_BY).tolist()
     known = {
         name: [read(name, severity, i, i + 1) for severity in SEVERITIES for i in some]
         for name in names
@@ -419,9 +420,9 @@ def _corruptions(names: Sequence[str]) -> list[str]:
 
 def _answers_nothing(victim: Victim, x: Tensor) -> bool:
     """Whether some images, one after the other, all get no number."""
-    some = torch.linspace(0, len(x) - 1, min(16, len(x))).long()
     with victim.frozen():
-        return all(int(victim.predict(x[i : i + 1].to(victim.device))) < 0 for i in some.tolist())
+        some = x[evenly_spaced(len(x), 16)].to(victim.device).split(1)
+        return all(int(victim.predict(image)) < 0 for image in some)
 
 
 def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:

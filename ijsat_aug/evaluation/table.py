@@ -176,9 +176,9 @@ def _means(lines: list[str]) -> list[float]:
 
 def _same(result: Result, report: Report, against: Report | None) -> Result | None:
     """The result of the other report under the same threat, if it has one."""
-    other = None if against is None else against.results.get(result.name)
-    if against is None or other is None:
+    if against is None or result.name not in against.results:
         return None
+    other = against.results[result.name]
     kinds = ("budget", "steps", "reference")
     same = all(getattr(result, kind) == getattr(other, kind) for kind in kinds)
     if result.kind == "manifold":

@@ -57,8 +57,17 @@ class ImageData:
 
     def spaced(self, count: int) -> ImageData:
         """So many of them at most, evenly spaced, as a folder is sorted by class."""
-        whole = len(self.images)
-        return self.take(torch.linspace(0, whole - 1, min(count, whole)).round().long())
+        return self.take(evenly_spaced(len(self.images), count))
+
+
+def evenly_spaced(whole: int, count: int) -> Tensor:
+    """The places of so many at most of a whole, from its first to its last.
+
+    Example:
+        >>> evenly_spaced(9, 3), evenly_spaced(2, 5)
+        (tensor([0, 4, 8]), tensor([0, 1]))
+    """
+    return torch.linspace(0, whole - 1, min(count, whole)).round().long()
 
 
 def load_images(

@@ -138,9 +138,7 @@ def save_pictures(flow: FrozenGlow, data: ImageData, folder: Path) -> None:
     }
     scale = max(1, 64 // flow.shape[1])
     for name, (images, columns) in pictures.items():
-        images = (
-            images if images.shape[1] in (1, 3) else images[:, : 3 if images.shape[1] > 3 else 1]
-        )
+        images = images[:, : 3 if images.shape[1] >= 3 else 1]  # of many channels the first ones
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         save_image(images.cpu(), folder / f"{name}.png", nrow=columns, pad_value=1.0)
 

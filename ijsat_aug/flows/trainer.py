@@ -108,7 +108,8 @@ def _accelerator(out: Path, recipe: Recipe) -> Iterator[Accelerator]:
             'training a flow needs accelerate: pip install "ijsat-aug[train]".'
         ) from error
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    known, ours = AcceleratorState._shared_state, not AcceleratorState._shared_state
+    known = AcceleratorState._shared_state
+    ours = not known
     if known and known.get("_mixed_precision", "no") != "no":
         raise ValueError(
             f"accelerate is set up with mixed_precision={known['_mixed_precision']!r} in this "
@@ -189,7 +190,7 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
                 f"{part.name} has {part.bins} grey levels, up to {int(part.images.max())}, but the "
                 f"flow bins={config.bins}; build it with bins=images.bins."
             )
-        if part.labels is not None and not _are_labels(part):
+        if part.labels is not None and not _are_labels(part.labels, len(part.images)):
             raise TypeError(
                 f"{part.name} has labels {part.labels.dtype} of shape {tuple(part.labels.shape)}; "
                 f"they are integers, one for each of the {len(part.images)} images."
@@ -209,11 +210,9 @@ def _check(data: ImageData, config: GlowConfig, test: ImageData | None) -> None:
         )
 
 
-def _are_labels(part: ImageData) -> bool:
-    labels = part.labels
-    assert labels is not None
+def _are_labels(labels: Tensor, count: int) -> bool:
     whole = not (labels.is_floating_point() or labels.is_complex())
-    return whole and labels.shape == part.images.shape[:1]
+    return whole and labels.shape == (count,)
 
 
 def _end_group() -> None:

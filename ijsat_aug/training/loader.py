@@ -84,9 +84,9 @@ class AugmentedLoader(Generic[T]):
         if not callable(transform) or isinstance(transform, type):
             got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
             raise TypeError(f"transform must be a transform, as in {_EXAMPLE}; got {got}.")
-        graph = transform if isinstance(transform, CapturedTransform) else None
+        graph = None
         if isinstance(transform, CapturedTransform):
-            transform, captured = transform.transform, True
+            graph, transform, captured = transform, transform.transform, True
         self.loader = loader
         self.transform = transform
         self.device = None if device is None else torch.device(device)
