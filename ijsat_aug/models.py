@@ -134,6 +134,11 @@ def _torchvision(name: str, weights: str | Path | None) -> nn.Module:
         return model
     state = _state(weights)
     model = models.get_model(name)
+    if hasattr(model, "transform_input"):
+        raise ValueError(
+            f"a file of weights does not say whether its {name} was built with transform_input: "
+            "build it in a function and name that, 'file.py:function'."
+        )
     last = list(model.state_dict())[-1]  # the classifier's bias; a file may have another order
     state = _of_the_model(state, set(model.state_dict()))
     if last not in state:

@@ -83,6 +83,14 @@ def test_a_torchvision_name(tmp_path) -> None:
     assert torch.equal(model.conv1.weight, own.conv1.weight)
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_a_torchvision_model_with_a_switch_that_no_weights_tell(tmp_path) -> None:
+    own = models.googlenet(num_classes=7, aux_logits=False, init_weights=False)
+    torch.save(own.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="whether its googlenet was built with transform_input"):
+        load_model("googlenet", tmp_path / "w.pth")
+
+
 def test_a_safetensors_file_of_torchvision_in_its_own_order(tmp_path) -> None:
     own = models.resnet18(num_classes=7)
     save_file(own.state_dict(), tmp_path / "w.safetensors")
