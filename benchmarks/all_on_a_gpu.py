@@ -31,9 +31,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.accuracy import lowdata
-from benchmarks.accuracy.finetune import RIVALS, TUNING, FineTuning
-from benchmarks.accuracy.lowdata import LowData
-from benchmarks.accuracy.study import Study, prepare
+from benchmarks.accuracy.augmentations import LATENT, LONG, MIXED
+from benchmarks.accuracy.finetune import RIVALS, FineTuning
+from benchmarks.accuracy.lowdata import SPLIT, LowData
+from benchmarks.accuracy.study import TUNING, Study, prepare
 from benchmarks.accuracy.together import courses_of, train_row
 from benchmarks.graphs import Training, finish, side_by_side
 from benchmarks.harness import record
@@ -47,8 +48,6 @@ CANDIDATES = (
     "joint step, quarter of each batch",
 )  # fmt: skip
 SPLIT_JOINT = "joint step of 1 level, split BatchNorm"
-LATENT, MIXED = "latent step, second half", "mixup + latent step, second half"
-LONG = "{}, for as long as {}"
 TRANSFER = (
     "plain", "mixup", LATENT, MIXED, LONG.format("plain", MIXED), LONG.format("mixup", MIXED),
 )  # fmt: skip
@@ -56,10 +55,6 @@ SHARED = (
     "plain", "mixup", "CutMix", "latent noise", "OM", "pixel step", "JointSpaceAdv", "RobustMixup",
     "IJSAT", MIXED, LONG.format("mixup", MIXED),
 )  # fmt: skip
-SPLIT = tuple(
-    f"{row}, split BatchNorm"
-    for row in ("OM", "pixel step", "JointSpaceAdv", "RobustMixup", "IJSAT")
-)
 MORE = (*SPLIT, LATENT, "CutMix + latent step, second half", LONG.format("mixup", "IJSAT"))
 SEEDS = tuple(range(5))
 STUDIES = ("robustness", "finetuning", "transfer", "few labels")
@@ -233,7 +228,7 @@ def tuned(options: argparse.Namespace, flow: FrozenGlow) -> FineTuning:
 
 
 def results(options: argparse.Namespace, flow: FrozenGlow) -> dict[str, dict[str, Any]]:
-    """What is finished of the accuracy studies; that of robustness records itself."""
+    """What is finished of the accuracy studies; ``robustness/train.py --record`` has its own."""
     found = {}
     if {"finetuning", "transfer"} & set(options.studies):
         study = tuned(options, flow)

@@ -11,8 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,25 @@ def median_ms(seconds: list[float]) -> float:
 def environment() -> dict[str, Any]:
     """What a result depends on: command, commit, date, hardware and versions."""
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    command = shlex.join(["python", script.as_posix(), *sys.argv[1:]])
+    return {"command": command, **made(), "hardware": hardware()}
+
+
+def made() -> dict[str, str]:
+    """Of what, when and with what something is made."""
     return {
-        "command": shlex.join(["python", script.as_posix(), *sys.argv[1:]]),
-        "commit": os.environ.get("IJSAT_COMMIT") or _commit(),
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "hardware": hardware(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
+@cache
 def _commit() -> str:
     """What git says; a copy of the tree without its history is told IJSAT_COMMIT instead."""
+    if told := os.environ.get("IJSAT_COMMIT"):
+        return told
     places = ("--", ":/", ":!/benchmarks/results", ":!/docs")
     changes = _git("status", "--porcelain", "-uno", *places)
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
@@ -153,8 +161,20 @@ def hardware() -> str:
 
 def machines(runs: Iterable[Mapping[str, Any]]) -> str:
     """Where runs were made; those that do not say were made here."""
-    here = hardware()
-    return " and ".join(sorted({one.get("hardware", here) for one in runs}))
+    return " and ".join(_each(runs, "hardware", hardware()))
+
+
+def makings(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of what, when and with what runs were made; those that do not say are made now."""
+    now = made()
+    found = {key: _each(runs, key, now[key]) for key in now}
+    first, *others = found.pop("date")
+    dates = " to ".join([first, *others[-1:]])
+    return {key: " and ".join(told) for key, told in found.items()} | {"date": dates}
+
+
+def _each(runs: Iterable[Mapping[str, Any]], key: str, usual: str) -> list[str]:
+    return sorted({one.get(key, usual) for one in runs}) or [usual]
 
 
 def cores() -> int:

@@ -477,8 +477,8 @@ def _threats(title: str, tables: Mapping[str, Any]) -> tuple[list[str], list[lis
 def _threats_note(result: Mapping[str, Any], against: str) -> str:
     return (
         f"Accuracy in % on {result['images']} test images, one training each (seed "
-        f"{result['seed']}); in brackets the change against {against} on the same images and half "
-        f"of its 95 % interval. {result['hardware']}, {result['date']}: "
+        f"{result['seed']}); in brackets the change against {against} on the same images and its "
+        f"95 % interval, on the longer side. {result['hardware']}, {result['date']}: "
         f"`{result['command']}`."
     )
 

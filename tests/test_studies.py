@@ -13,10 +13,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from benchmarks.accuracy import finetune, lowdata
 from benchmarks.accuracy.augmentations import AS_LONG, ROWS, Augmentation
-from benchmarks.accuracy.finetune import SETTINGS, TUNING, FineTuning, Parts
+from benchmarks.accuracy.finetune import SETTINGS, FineTuning, Parts
+from benchmarks.accuracy.lowdata import LowData
 from benchmarks.accuracy.study import (
     BATCH,
+    TUNING,
     Run,
     Study,
     Task,
@@ -28,6 +31,7 @@ from benchmarks.accuracy.study import (
     train,
     where,
 )
+from benchmarks.harness import made
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.robustness.train import ROWS as TRAININGS
 from benchmarks.robustness.train import Method, table, told
@@ -64,6 +68,18 @@ def test_every_image_is_shown_once_an_epoch() -> None:
     assert len(shown) == 25 * BATCH == 16 * 200
     assert all(part.sort().values.equal(labels) for part in shown.split(200))
     assert not shown[:200].equal(shown[200:400])
+
+
+def test_a_training_takes_batches_of_the_size_that_it_is_told(task: Task) -> None:
+    seen: list[int] = []
+
+    def look(batch: Any) -> Any:
+        seen.append(len(batch[0]))
+        return batch
+
+    small = dataclasses.replace(task, steps=25, batch=32)
+    assert train(small, network(), Augmentation(look, {})).facts["passes"] == 25
+    assert seen == [32] * 25
 
 
 def test_an_interval_is_students() -> None:
@@ -131,13 +147,17 @@ def test_a_study_goes_on_from_its_record_on_another_machine(
 ) -> None:
     monkeypatch.setattr("benchmarks.accuracy.study.RESULTS", tmp_path)
     runs = [one("OM", s, 50.0 + s) | {"setting": 500} for s in range(3)]
-    record = {"hardware": "elsewhere", "runs": runs}
+    record = {"hardware": "elsewhere", "commit": "abc", "date": "2001-01-01", "runs": runs}
     (tmp_path / "kept.json").write_text(json.dumps(record))
     study = Study(tmp_path / "work", "none", [500], load_flow("digits"))
     study.keep(Run("OM", "OM", 500, 2), one("OM", 2, 60.0, seconds=9.0))
     study.unpack("kept")
     found = study.result(range(5), ())
     assert set(found["hardware"].split(" and ")) == {where(), "elsewhere"}
+    own = made()
+    assert set(found["commit"].split(" and ")) == {own["commit"], "abc"}
+    assert found["date"] == f"2001-01-01 to {own['date']}"
+    assert found["torch"] == own["torch"]
     assert found["table"]["500"]["OM"]["accuracy"] == interval([50.0, 51.0, 60.0])
     assert found["table"]["500"]["OM"]["time"] is None  # without plain training there is none
     with pytest.raises(SystemExit, match="the seconds of 'OM' are of elsewhere"):
@@ -157,7 +177,8 @@ def test_training_learns_and_both_ends_are_tested(
     assert facts["last"] > 30  # chance is 10
 
 
-def test_an_attack_of_the_second_half_rests_in_the_first(task: Task) -> None:
+@pytest.mark.parametrize("steps", [20, 30])  # of 20 parts, which are not equal with 30 steps
+def test_an_attack_of_the_second_half_rests_in_the_first(task: Task, steps: int) -> None:
     net = network()
     attack = JointSpaceAdv(net, eta=0)
     seen: list[bool] = []
@@ -171,11 +192,11 @@ def test_an_attack_of_the_second_half_rests_in_the_first(task: Task) -> None:
 
     attack.bind(net)
     train(
-        dataclasses.replace(task, steps=20),
+        dataclasses.replace(task, steps=steps),
         Watched(net),
         Augmentation(attack, {"epochs": (10, None)}),
     )
-    assert seen == [False] * 10 + [True] * 10
+    assert seen == [False] * (steps // 2) + [True] * (steps // 2)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +231,12 @@ def test_the_seeds_of_a_fine_tuning_draw_differently(digits, tmp_path) -> None:
         assert not torch.equal(first, other)
 
 
+def test_what_a_study_trains_is_there() -> None:
+    for rows in (lowdata.TABLE, finetune.TABLE, finetune.FEW):
+        assert set(rows) <= {*ROWS, *AS_LONG}
+        assert len(set(rows)) == len(rows)
+
+
 def test_every_row_names_a_file() -> None:
     study = Study(Path(), "", [], load_flow("digits"))
     files = {study.file(Run(row, row, "10000", 0)) for row in (*ROWS, *AS_LONG)}
@@ -231,6 +258,15 @@ def test_settings_are_chosen_away_from_the_test_split(setting: str, tmp_path: Pa
         tested = {bytes(image.numpy()) for image in parts.tested[0]}
         assert not shown & tested
         assert of_test.isdisjoint(tested) if parts is chosen else of_test >= tested
+
+
+@pytest.mark.data
+def test_settings_of_few_labels_are_chosen_away_from_the_test_split(tmp_path: Path) -> None:
+    study = LowData("cifar10", tmp_path, load_flow("cifar10-fast"), own_flow=False)
+    chosen, final = (Run("plain", "plain", 500, seed) for seed in (TUNING, 0))
+    validation = study.task(chosen).validation
+    assert all(map(torch.equal, study.tested(chosen), validation))
+    assert len(study.tested(final)[1]) == 10_000
 
 
 @pytest.mark.parametrize("row", TRAININGS)

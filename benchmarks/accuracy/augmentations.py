@@ -93,12 +93,10 @@ def _routed(network: nn.Module, split: bool) -> dict[str, Any]:
     return {"mode": "append"} if split else {}
 
 
-def _replay(
-    network: nn.Module, flow: FrozenGlow, mixed: bool = True, share: float = 1.0, **loading: Any
-) -> Augmentation:
+def _replay(network: nn.Module, flow: FrozenGlow, **loading: Any) -> Augmentation:
     """A latent step along the gradient of the training step, in every other step."""
-    latent = JointSpaceAdv(None, flow, eps=0, eta=share * recommended_eta(flow, "linf"))
-    transform = RobustMixup(network, num_classes=CLASSES, attack=latent) if mixed else latent
+    latent = JointSpaceAdv(None, flow, eps=0)
+    transform = RobustMixup(network, num_classes=CLASSES, attack=latent)
     return Augmentation(transform, {"replay": 2, **loading})
 
 
@@ -107,11 +105,14 @@ _own: dict[str, Any] = {"eps": 0, "target": "prediction"}
 _joint = partial(_attack, target="prediction")
 _half = PARTS // 2
 
-NOT_OURS = ("plain", "mixup", "mixup, a weight an image", "CutMix")
+LATENT, MIXED = "latent step, second half", "mixup + latent step, second half"
+EACH = "mixup, a weight an image"
+LONG = "{}, for as long as {}"
+NOT_OURS = ("plain", "mixup", EACH, "CutMix")
 ROWS: dict[str, Make] = {
     "plain": _plain,
     "mixup": partial(_torchvision, v2.MixUp),
-    "mixup, a weight an image": _mixup_of_each,
+    EACH: _mixup_of_each,
     "CutMix": partial(_torchvision, v2.CutMix),
     "latent noise": _noise,
     "OM": partial(_attack, eps=0),
@@ -128,8 +129,7 @@ ROWS: dict[str, Make] = {
     "mixup + OM": partial(_blend, eps=0),
     "mixup + OM, second half": partial(_blend, eps=0, begin=_half),
     "latent step": partial(_attack, **_own),
-    "latent step, second half": partial(_attack, begin=_half, **_own),
-    "latent step, replay": partial(_replay, mixed=False),
+    LATENT: partial(_attack, begin=_half, **_own),
     "joint step": _joint,
     "joint step, second half": partial(_joint, begin=_half),
     "joint step, half of each batch": partial(_joint, fraction=0.5),
@@ -144,9 +144,6 @@ ROWS: dict[str, Make] = {
     "joint step of 1 level, split BatchNorm": partial(_joint, split=True),
     "joint step of 2 levels, split BatchNorm": partial(_joint, eps=2 / 255, split=True),
     "joint step of 4 levels, split BatchNorm": partial(_joint, eps=4 / 255, split=True),
-    "3 joint steps of 4 levels, split BatchNorm": partial(
-        _attack, eps=4 / 255, steps=3, latent_steps=1, split=True
-    ),
     "JointSpaceAdv of 2 levels, third of each batch": partial(_attack, eps=2 / 255, fraction=1 / 3),
     "pixel step, second half": partial(_attack, eta=0, begin=_half),
     "pixel step, half of each batch": partial(_attack, eta=0, fraction=0.5),
@@ -155,19 +152,14 @@ ROWS: dict[str, Make] = {
     ),
     "pixel step in L2": partial(_attack, eta=0, norm="l2", eps=0.25),
     "mixup + latent step": partial(_blend, **_own),
-    "mixup + latent step, second half": partial(_blend, begin=_half, **_own),
+    MIXED: partial(_blend, begin=_half, **_own),
     "mixup + latent step, half of each batch": partial(_blend, fraction=0.5, **_own),
     "mixup + latent step, replay": _replay,
-    "mixup + latent step, replay, half the radius": partial(_replay, share=0.5),
     "mixup + latent step, replay, not in the last 30 %": partial(_replay, epochs=(0, 14)),
     "CutMix + latent step, second half": partial(_after_cutmix, begin=_half, **_own),
-    "mixup + joint step": partial(_blend, target="prediction"),
     "mixup + joint step, half of each batch": partial(_blend, target="prediction", fraction=0.5),
 }
 # Who trains for as long as another row took, with the same seed.
 AS_LONG = {
-    f"{who}, for as long as {whom}": (who, whom)
-    for who in NOT_OURS
-    for whom in ROWS
-    if whom not in NOT_OURS
+    LONG.format(who, whom): (who, whom) for who in NOT_OURS for whom in ROWS if whom not in NOT_OURS
 }

@@ -17,7 +17,7 @@ chose the settings.
 
 On a GPU the rows are trained side by side, as ``together.py`` says, and each network sees the
 corrupted images at once instead of being kept; ``--width 64 --batch 256`` is the usual ResNet-18,
-``--small`` the ResNet-10 of ``lowdata.py``.
+``--small`` the ResNet-10 of ``lowdata.py``, which ``few`` is about.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.accuracy.augmentations import AS_LONG, ROWS
+from benchmarks.accuracy.augmentations import AS_LONG, LATENT, LONG, MIXED, ROWS
 from benchmarks.accuracy.study import (
     BATCH,
     DATA,
+    TUNING,
     Run,
     Study,
     Task,
@@ -64,10 +65,14 @@ from ijsat_aug.evaluation.corruptions import SEVERITIES, STANDARD, CorruptionFil
 from ijsat_aug.flows.frozen import FrozenGlow
 
 VALIDATION = 2000
-TUNING = 100  # the first seed that is tested on validation images
 FIRST = 5  # of the new classes
-_MOVES = ("latent step", "latent step, second half", "mixup + latent step, second half")
-RIVALS = ("plain", "mixup", *_MOVES)
+RIVALS = ("plain", "mixup", "latent step", LATENT, MIXED)
+TABLE = (
+    "plain", "mixup", LATENT, MIXED, "joint step, half of each batch",
+    "joint step of 1.5 levels, half of each batch", LONG.format("plain", LATENT),
+    LONG.format("plain", MIXED), LONG.format("mixup", MIXED),
+)  # fmt: skip
+FEW = ("plain", "mixup", "OM", "latent step", "mixup + OM", MIXED)
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,9 @@ def main() -> None:
     elif options.record:
         print(record(options.record, study.facts | study.result(options.seeds, RIVALS)))
     else:
-        run_all(study, list(ROWS), options)
+        few = [name for name in SETTINGS if (name == "few") == options.small]
+        options.settings = options.settings or few
+        run_all(study, FEW if options.small else TABLE, options)
 
 
 if __name__ == "__main__":

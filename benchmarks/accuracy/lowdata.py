@@ -13,6 +13,7 @@ labelled ones alone, for five minutes. The settings of the latent step were chos
 images of seed 100: ``lowdata-tuning.json``, at 1,920 steps and with a flow of the same shape that
 was trained for ten minutes. ``--record lowdata-cifar10`` writes what is there. On a GPU the runs
 are trained side by side, as ``together.py`` says; an H100 does nine of 4,800 steps in a minute.
+``--together --at-once 1`` does so on a CPU.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.accuracy.augmentations import ROWS
+from benchmarks.accuracy.augmentations import EACH, LATENT, LONG, MIXED
 from benchmarks.accuracy.study import (
     BATCH,
     DATA,
+    TUNING,
     Run,
     Study,
     Task,
@@ -56,7 +58,13 @@ STEPS = {
     "fashion-mnist": {500: 1440, 2500: 2880},
 }
 VALIDATION = 1000
-RIVALS = ("plain", "mixup", "mixup, a weight an image", "CutMix", "latent step, second half")
+OURS = ("OM", "pixel step", "JointSpaceAdv", "RobustMixup", "IJSAT")
+SPLIT = tuple(f"{row}, split BatchNorm" for row in OURS)
+TABLE = (
+    "plain", "mixup", EACH, "CutMix", "latent noise", *OURS, *SPLIT, "mixup + OM", MIXED,
+    LONG.format("mixup", MIXED), LONG.format(EACH, MIXED),
+)  # fmt: skip
+RIVALS = ("plain", "mixup", EACH, "CutMix", LATENT)
 OWN = Recipe(
     minutes=5,
     lr=3e-3,
@@ -95,8 +103,9 @@ class LowData(Study):
         return Task(learnt, validation, STEPS[self.data][size])
 
     def tested(self, run: Run) -> Labelled:
-        """The test split."""
-        return DATA[self.data](train=False)
+        """The test split; where settings are chosen, the images that validate."""
+        tuning = run.seed >= TUNING
+        return self.task(run).validation if tuning else DATA[self.data](train=False)
 
     def flow_of(self, run: Run) -> FrozenGlow:
         """The flow of all images, or one that has seen the labelled ones alone."""
@@ -132,7 +141,7 @@ def main() -> None:
     if options.record:
         print(record(options.record, study.facts | study.result(options.seeds, RIVALS)))
     else:
-        run_all(study, list(ROWS), options)
+        run_all(study, (MIXED,) if options.own_flow else TABLE, options)
 
 
 def parse() -> argparse.Namespace:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.augmentations import AS_LONG, PARTS, ROWS, Augmentation
 from benchmarks.graphs import Training
-from benchmarks.harness import RESULTS, hardware, machines
+from benchmarks.harness import RESULTS, hardware, machines, made, makings
 from benchmarks.real_data import cifar10, fashion_mnist
 from benchmarks.training import LOW_PRECISION, Labelled, Seen, crop_and_flip, low_precision
 from ijsat_aug import load_flow
@@ -39,6 +39,7 @@ from ijsat_aug.training import AugmentedLoader
 DATA = {"cifar10": cache(cifar10), "fashion-mnist": cache(fashion_mnist)}
 FLOWS = {"cifar10": "cifar10-fast", "fashion-mnist": "fashion-mnist"}
 BATCH = 128
+TUNING = 100  # the first seed that is tested on validation images
 Batches = Iterator[tuple[Tensor, Tensor]]
 Interval = tuple[float, float | None]
 
@@ -52,7 +53,7 @@ class Task:
         validation: Those that choose the best epoch.
         steps: Of the optimiser.
         peak: Learning rate at the top of the cycle.
-        batch: Images a step; on a CPU always as many.
+        batch: Images a step.
     """
 
     learnt: Labelled
@@ -80,10 +81,10 @@ def train(
         network.parameters(), task.peak, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     times = augmentation.loading.get("replay", 1)
-    batches = endless(*task.learnt)
+    batches = endless(*task.learnt, task.batch)
     if augmentation.before is not None:
         batches = itertools.starmap(augmentation.before, batches)
-    part = Part(batches, max(1, task.steps // (PARTS * times)))
+    part = Part(batches, (max(1, len(steps_of(p, task)) // times) for p in itertools.count()))
     parts = itertools.repeat(AugmentedLoader(part, augmentation.transform, **augmentation.loading))
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
     begin, paused, step, done = time.process_time(), 0.0, 0, 0.0
@@ -113,7 +114,7 @@ def train(
             break
     seen.close()
     facts = {
-        "steps": step, "seconds": round(used, 1), "passes": round(seen.images / BATCH),
+        "steps": step, "seconds": round(used, 1), "passes": round(seen.images / task.batch),
         "loss": round(float(loss.detach()), 4), "validation": best[0],
     }  # fmt: skip
     return Trained(network, best[1], facts)
@@ -126,13 +127,19 @@ def cycle(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.1) / 0.9)))
 
 
-def endless(images: Tensor, labels: Tensor) -> Batches:
+def steps_of(part: int, task: Task) -> range:
+    """The steps of one of the parts."""
+    begin, end = (round(task.steps * p / PARTS) for p in (part, part + 1))
+    return range(begin, end)
+
+
+def endless(images: Tensor, labels: Tensor, size: int = BATCH) -> Batches:
     """Batches of crops, in a new order each epoch; what is left of an epoch opens the next."""
     order = torch.empty(0, dtype=torch.long)
     while True:
-        while len(order) < BATCH:
+        while len(order) < size:
             order = torch.cat([order, torch.randperm(len(images))])
-        index, order = order[:BATCH], order[BATCH:]
+        index, order = order[:size], order[size:]
         yield crop_and_flip(images[index]), labels[index]
 
 
@@ -148,13 +155,13 @@ def of_each(order: Tensor, labels: Tensor, classes: Iterable[int], count: int) -
 
 
 class Part:
-    """So many of the batches, and the next ones when it is asked again."""
+    """So many of the batches as it is its turn, and the next ones when it is asked again."""
 
-    def __init__(self, batches: Batches, count: int) -> None:
-        self.batches, self.count = batches, count
+    def __init__(self, batches: Batches, counts: Iterator[int]) -> None:
+        self.batches, self.counts = batches, counts
 
     def __iter__(self) -> Batches:
-        return itertools.islice(self.batches, self.count)
+        return itertools.islice(self.batches, next(self.counts))
 
 
 def accuracy(network: nn.Module, data: Labelled) -> float:
@@ -285,7 +292,7 @@ class Study:
     def keep(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the file of a run."""
         names = {"row": run.title, "setting": run.setting, "seed": run.seed}
-        result = {**names, **facts, "hardware": where()}
+        result = {**names, **facts, **made(), "hardware": where()}
         keep(self.file(run), result)
         return result
 
@@ -297,10 +304,11 @@ class Study:
     def unpack(self, name: str) -> None:
         """Write the files of the runs of a record that are not there."""
         found = json.loads((RESULTS / f"{name}.json").read_text())
+        usual = {key: found[key] for key in (*made(), "hardware") if key in found}
         for one in found["runs"]:
             path = self.file(Run(one["row"], one["row"], one["setting"], one["seed"]))
             if not path.is_file():
-                keep(path, {"hardware": found["hardware"], **one})
+                keep(path, usual | one)
 
     def result(self, seeds: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
         """All runs that are there, and what they say."""
@@ -311,6 +319,7 @@ class Study:
             for setting in self.settings
         }
         return {
+            **makings(runs),
             "hardware": machines(runs),
             "network": self.network,
             "seed": sorted({one["seed"] for one in runs}),
@@ -347,6 +356,7 @@ def arguments(work: str) -> argparse.ArgumentParser:
         "--minutes", type=float, default=1e9, help="on a GPU: leave the rest undone"
     )
     parser.add_argument("--at-once", type=int, default=12, help="on a GPU: runs side by side")
+    parser.add_argument("--together", action="store_true", help="on a CPU too as on a GPU")
     return parser
 
 

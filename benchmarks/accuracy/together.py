@@ -30,6 +30,7 @@ from benchmarks.accuracy.study import (
     Trained,
     accuracy,
     cycle,
+    steps_of,
 )
 from benchmarks.graphs import Training, alone, finish, finished, side_by_side
 from benchmarks.training import Crops, Labelled, Seen, low_precision
@@ -251,9 +252,9 @@ def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> N
     rows = options.only or rows
     wanted = {str(setting): setting for setting in study.settings}
     settings = [wanted[name] for name in options.settings or wanted]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or options.together:
         until = time.monotonic() + 60 * options.minutes
-        device = torch.device("cuda")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run_together(study, rows, settings, options.seeds, device, options.at_once, until)
         return
     for seed in options.seeds:
@@ -337,12 +338,6 @@ def train_row(
             more = yield from study.also(run, trained)
             study.keep(run, facts | plain | more)
             courses.idle.append(course)
-
-
-def steps_of(part: int, task: Task) -> range:
-    """The steps of one of the parts."""
-    begin, end = (round(task.steps * p / PARTS) for p in (part, part + 1))
-    return range(begin, end)
 
 
 def move(data: Labelled, device: torch.device) -> Labelled:
