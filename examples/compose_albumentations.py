@@ -1,6 +1,6 @@
 """Around a per-sample albumentations pipeline.
 
-Run:  pip install "ijsat-aug[albumentations]"
+Run:  pip install -e ".[albumentations,demo]"
       python examples/compose_albumentations.py     (ten seconds)
 
 It shows both ways: the pipeline in the dataset, ending in floats, which is faster because workers

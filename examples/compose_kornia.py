@@ -1,6 +1,7 @@
 """In the middle of a kornia sequence, with images and labels together.
 
-Run:  python examples/compose_kornia.py             (ten seconds)
+Run:  pip install -e ".[demo]"
+      python examples/compose_kornia.py             (ten seconds)
 
 It shows one container with kornia's augmentations and ours, the replay of its parameters, and a
 flow of 32-pixel images on 64-pixel ones: their low band moves along its manifold. The pictures are

@@ -1,6 +1,7 @@
 """Beside torchvision's own augmentations: TrivialAugment, AugMix, CutMix, RandomErasing.
 
-Run:  python examples/compose_torchvision.py       (ten seconds)
+Run:  pip install -e ".[demo]"
+      python examples/compose_torchvision.py       (ten seconds)
 
 It shows the order that works: what changes single images first, then mixing and attacks on whole
 batches, in [0, 1] (or with mean and std told), and erasing last, so that it hides attacked pixels

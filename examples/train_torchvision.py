@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 
 from ijsat_aug import AugmentedLoader, RobustMixup
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALIZE: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -60,7 +60,7 @@ class Digits(Dataset[tuple[Any, int]]):
 def transforms(options: argparse.Namespace, train: bool) -> v2.Transform:
     """What happens to one picture, ending with a normalised tensor."""
     end: list[nn.Module] = [
-        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
+        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**NORMALIZE),
     ]  # fmt: skip
     if not train:
         size = options.size
@@ -212,7 +212,7 @@ def main() -> None:
     torch.manual_seed((options.seed + first) * processes + rank)
 
     # Ours, beside the import above: mixup, whose blends are attacked in the second half.
-    mix = RobustMixup.preset("accuracy", net, num_classes=classes, mean=MEAN, std=STD)
+    mix = RobustMixup.preset("accuracy", net, num_classes=classes, amp_dtype=dtype, **NORMALIZE)
     data = AugmentedLoader(data, mix, device, epochs=(options.epochs // 2, None))
     data.set_epoch(first)  # so that a resumed AugmentedLoader knows where it is
 

@@ -337,7 +337,9 @@ def test_the_watch_sees_a_sync() -> None:
         lambda net: RobustMixup.preset("robust", net, num_classes=10),
         lambda net: RobustMixup(net, num_classes=10, draws=2, lam_steps=1, mean=0, std=1),
         lambda net: JointSpaceAdv(net, "cifar10-fast", p=0.999, fraction=0.5, objective="margin"),
-        lambda net: JointSpaceAdv(net, "cifar10-fast", target="random", targeted=True, norm="l2"),
+        lambda net: JointSpaceAdv(
+            net, "cifar10-fast", target="random", targeted=True, norm="l2", eps=0.5
+        ),
     ],
     ids=[*TRANSFORMS, "accuracy", "accuracy, mixed", "robust", "weights", "some", "targeted"],
 )

@@ -72,7 +72,8 @@ def evaluate(
         images: ``(N, C, H, W)``: uint8, or floating in [0, 1] whatever the model's normalisation.
         labels: Classes ``(N,)``.
         threats: Names as :func:`make_threat` takes them, groups (``"quick"`` is without AutoAttack,
-            ``"standard"``, ``"unseen"``, ``"all"``), or :class:`Threat` objects.
+            ``"standard"``, ``"unseen"``, ``"all"``), or :class:`Threat` objects. All,
+            as by default, want AutoAttack: ``pip install "ijsat-aug[eval]"``.
         flow: For the threats along a manifold, also by its name or folder; without it the groups
             leave them out.
         corruptions: Names, ``"standard"`` (15) or ``"all"`` (19); none with ``()``.

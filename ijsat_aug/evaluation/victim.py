@@ -23,6 +23,18 @@ class Found(NamedTuple):
     Attributes:
         images: ``(B, C, H, W)`` in [0, 1].
         right: ``(B,)`` after each of its parts, whether the model was still right.
+
+    Example:
+        A threat of one's own is a function that returns it:
+
+        >>> from ijsat_aug.evaluation import Threat, evaluate
+        >>> def grey(victim, images, labels, draws):
+        ...     return Found(images.mean(1, keepdim=True).expand_as(images))
+        >>> threat = Threat("grey", "grey", "unseen", "", 0, "", grey)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> images, labels = torch.rand(8, 3, 2, 2), torch.arange(8) % 2
+        >>> evaluate(model, images, labels, threats=[threat], corruptions=()).results["grey"]
+        Result(...)
     """
 
     images: Tensor

@@ -26,7 +26,8 @@ _NOTHING = 1e-6  # of a pixel's range
 def recommended_eta(flow: Any, norm: Norm) -> float:
     """The latent radius that the flow's calibration recommends, and transforms take by default.
 
-    A gradient step so far changes the pixels by 8/255 in the root mean square.
+    A gradient step so far changes the pixels by 8/255 in the root mean square. Of a flow without a
+    calibration there is none: a ``ValueError``.
 
     Example:
         >>> import ijsat_aug

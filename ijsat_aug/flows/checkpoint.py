@@ -91,6 +91,11 @@ def load_state(
 ) -> tuple[GlowConfig, dict[str, Tensor]]:
     """The config and normflows state dict of a checkpoint, to train it further or to study it.
 
+    Args:
+        source: Name, folder or Hub id, as of :func:`load_flow`.
+        revision: Of a Hub repository.
+        sha256: That the weights must have.
+
     Example:
         >>> from ijsat_aug.flows.glow import build_glow
         >>> config, state = load_state("digits")

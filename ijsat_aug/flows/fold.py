@@ -27,7 +27,17 @@ def freeze(
 ) -> FrozenGlow:
     """Fold the state dict of :func:`build_glow` into a :class:`FrozenGlow`.
 
-    Matrices, inverses and products are computed once, in float64.
+    Matrices, inverses and products are computed once, in float64. Weights that do not fit the
+    config are a ``ValueError``.
+
+    Args:
+        config: That the weights were trained with.
+        state: The state dict.
+        info: What the flow tells about itself, as in a checkpoint: calibration, data, metrics.
+        device: Where it works; it can be moved later.
+        dtype: Of latents and images inside.
+        compute_dtype: Of the coupling networks; by default the same.
+        memory: ``"tape"`` keeps what a backward pass needs, ``"low"`` computes it again.
 
     Example:
         >>> from ijsat_aug.flows.glow import GlowConfig, build_glow

@@ -41,8 +41,9 @@ def publish(
 ) -> Path:
     """Measure a trained flow, draw its samples, and write its checkpoint folder and card.
 
-    The small network of the calibration learns from ``train``; everything is measured on
-    ``test``, or on ``held_out`` when there is none.
+    The small network of the calibration learns from ``train``, and radii are measured on
+    ``held_out``: they are a setting of trainings, which must not have seen ``test``. That tells
+    the bits/dim, and gives the pictures of reconstructions.
 
     Example:
         >>> import tempfile
@@ -65,8 +66,7 @@ def publish(
     model.load_state_dict(dict(state))
     model.to(device)
     flow = freeze(config, state, device=device)
-    measured = test or held_out
-    shown = measured.spaced(_as_memory_allows(_CALIBRATION_IMAGES, config))
+    shown = held_out.spaced(_as_memory_allows(_CALIBRATION_IMAGES, config))
     images = shown.pixels.to(device)
     bits = {"held_out": evaluate(model, config, held_out)}
     if test is not None:
@@ -83,7 +83,7 @@ def publish(
     if labels is None or asked is None:
         asked = as_they_are(shown.images)
     network = probe_network(seen.pixels.to(device), labels)
-    save_pictures(flow, measured, folder)
+    save_pictures(flow, test or held_out, folder)
     table = calibrate(flow, images, asked, network=network)
     return save(metrics=metrics, calibration=table)
 

@@ -60,7 +60,8 @@ def train_flow(
     Args:
         data: Training images; a share of them is held out to choose the best weights.
         config: The network.
-        out: The checkpoint folder; pictures and the resumable state lie in ``out/training``.
+        out: The checkpoint folder, with its pictures; those on the way and the state of a training
+            that can be resumed lie in ``out/training``.
         recipe: How long and how.
         test: Images of a test split, measured once, at the end.
         resume: Go on from ``out/training`` when an interrupted training is there.

@@ -68,7 +68,7 @@ def joint_space_adv(
         \|\lambda\| \le \eta, \; \|\delta\| \le \epsilon
 
     with z the flow's exact latent of x and r what its round trip loses. ``eta=0`` is PGD and needs
-    no flow; ``eps=0`` is the on-manifold attack; without both, x comes back.
+    no flow; ``eps=0`` is the on-manifold attack; without both, as by default, x comes back.
 
     Args:
         images: ``(B, C, H, W)``, in [0, 1] or normalised by ``mean`` and ``std``.
@@ -83,7 +83,8 @@ def joint_space_adv(
         step_size: Of delta; by default 2.5 ``eps`` / its moves, at most 1.25 ``eps``.
         latent_step_size: Of lambda; by default the same with ``eta``.
         update: ``"joint"``, ``"alternating"`` or ``"sequential"`` (first lambda, then delta).
-        latent_steps: In how many steps lambda moves; the flow rests in the others.
+        latent_steps: In how many of the steps lambda moves, and the flow does not rest: by default
+            in all of a joint ascent, in half of the others, in one with ``method="linear"``.
         method: ``"exact"``, or ``"linear"`` for one latent step without a decode before it.
         objective: ``"ce"``; ``"bce"`` of several labels an image, ``(B, C)`` from 0 to 1; ``"kl"``
             (from the clean prediction); ``"margin"``; or a callable ``(logits, labels) -> (B,)``

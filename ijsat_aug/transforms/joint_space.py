@@ -46,8 +46,8 @@ class JointSpaceAdv(BatchTransform):
 
     z is the exact latent of x under the normalizing flow G, and r what its round trip loses; the
     move lambda goes along the data, delta away from them, and both climb the model's loss
-    together. Labels are returned as they came. ``eta=0`` is PGD and never touches the flow,
-    ``eps=0`` the on-manifold attack.
+    together. Labels are returned as they came, twice with ``mode="append"``. ``eta=0`` is PGD and
+    never touches the flow, ``eps=0`` the on-manifold attack.
 
     Args:
         model: The model that is trained; DDP, compiled and EMA wrappers are fine. It is left
@@ -55,7 +55,7 @@ class JointSpaceAdv(BatchTransform):
         flow: From :func:`ijsat_aug.load_flow`, or its argument. It follows the batch's device, and
             on images of another size it moves their low band: see :class:`ijsat_aug.flows.Pyramid`.
             One that needs labels gets those of the batch.
-        eps: Radius of delta, in [0, 1] pixels.
+        eps: Radius of delta, in [0, 1] pixels; the default is for L-inf.
         eta: Radius of lambda, in standard deviations of the latents; by default what the flow's
             calibration recommends, a move of about 8/255 of every pixel (root mean square).
         norm: ``"linf"`` or ``"l2"``, of delta.
@@ -65,7 +65,8 @@ class JointSpaceAdv(BatchTransform):
         latent_step_size: Of lambda; by default the same with ``eta``.
         update: ``"joint"`` moves both from one backward pass, ``"alternating"`` in turn,
             ``"sequential"`` first lambda, then delta.
-        latent_steps: In how many of the steps lambda moves; the flow rests in the others.
+        latent_steps: In how many of the steps lambda moves, and the flow does not rest: by default
+            in all of a joint ascent, in half of the others, in one with ``method="linear"``.
         method: ``"exact"``, through the decoder in every step; or ``"linear"``: one latent step
             along the gradient at z, which needs no decode before it and leaves r out (as small as
             the flow's round trip, see its card). By default linear where there is one step, as long

@@ -61,7 +61,8 @@ class RobustMixup(BatchTransform):
             it lacks of model, generator, ``mean`` and ``std``, ``amp_dtype`` and ``memory_format``
             it takes from this one, and ``mean`` and ``std`` this one from it. A callable gets
             images in the units of the batch, and the model frozen, in ``model_mode``.
-        eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup.
+        eps: Radius of the built-in attack, in [0, 1] pixels; 0 is plain mixup. The default is for
+            L-inf.
         norm: Of its ball.
         steps: Its forward and backward passes.
         step_size: By default 2.5 ``eps`` / steps, 1.25 ``eps`` at most.
@@ -199,7 +200,8 @@ class RobustMixup(BatchTransform):
             model: The model that is trained; or later, by ``bind``.
             flow: As of :class:`JointSpaceAdv`.
             **options: Of :class:`RobustMixup`, or of :class:`JointSpaceAdv` for the attack, which
-                gets those that both have as its built-in attack would.
+                gets those that both have as its built-in attack would; those of every
+                :class:`BatchTransform` (``p``, ``fraction``, ``mode``, ...) are the mixing's.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))

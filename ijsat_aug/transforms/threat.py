@@ -82,6 +82,11 @@ class Threat:
                 f"write {self.eps:g}/255 if you meant 8-bit levels."
             )
         check_choices(self, _CHOICES)
+        if self.norm == "l2" and self.eps == 1 / 255:
+            raise ValueError(
+                "eps=1/255, the default, is meant for L-inf; in L2 no pixel moves by more than one "
+                "level: give a radius, such as eps=0.5."
+            )
         if not callable(self.objective) and self.objective not in OBJECTIVES:
             choices = ", ".join(f'"{name}"' for name in OBJECTIVES)
             raise ValueError(

@@ -16,7 +16,7 @@ META = torch.device("meta")
     [
         {"eta": 0},
         {"steps": 2},
-        {"steps": 2, "norm": "l2", "latent_norm": "l2"},
+        {"steps": 2, "norm": "l2", "eps": 0.5, "latent_norm": "l2"},
         {"steps": 3, "update": "alternating", "best": True},
         {"method": "linear"},
         {"objective": "kl"},

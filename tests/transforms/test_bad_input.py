@@ -154,6 +154,7 @@ def test_dense_outputs_with_a_callable_objective(network) -> None:
         ({"step_size": -1}, "step_size must be"),
         ({"latent_step_size": math.inf}, "latent_step_size must be"),
         ({"norm": "l1"}, 'norm must be one of "linf", "l2"'),
+        ({"norm": "l2"}, "the default, is meant for L-inf"),
         ({"latent_norm": 2}, "latent_norm must be one of"),
         ({"update": "both"}, '"joint", "alternating", "sequential"'),
         ({"method": "fast"}, '"exact", "linear"'),

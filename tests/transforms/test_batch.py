@@ -269,7 +269,9 @@ def test_a_base_class_is_abstract(digits) -> None:
 
 
 def test_repr_shows_the_settings(network, flow) -> None:
-    adv = JointSpaceAdv(network, flow, steps=3, norm="l2", target="prediction", mean=0.5, std=0.5)
+    adv = JointSpaceAdv(
+        network, flow, steps=3, norm="l2", eps=0.5, target="prediction", mean=0.5, std=0.5
+    )
     text = repr(adv)
     for piece in ("model=Sequential", "1x8x8", "steps=3", "norm=l2", "prediction", "mean=(0.5,)"):
         assert piece in text
