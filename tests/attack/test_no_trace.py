@@ -10,6 +10,7 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.attack.hidden import around_others
 from ijsat_aug.attack.model import ModelHandle, unwrap
 from ijsat_aug.attack.traces import RESTLESS, attributes_kept
 
@@ -1030,3 +1032,36 @@ def test_synchronised_statistics_are_no_matter_of_one_process(digits, labels) ->
     adv = JointSpaceAdv(model, eta=0, p=0.5, model_mode="train")
     with pytest.raises(ValueError, match="SyncBatchNorm waits in every pass"):
         adv(digits[:8], labels[:8])
+
+
+def test_statistics_come_back_in_train_mode_after_an_attack_in_eval_mode(
+    network, digits, labels
+) -> None:
+    """What an attack in eval mode learnt of a module says nothing of train mode."""
+    before = state(network)
+    for model_mode in ("eval", "train"):
+        adv = JointSpaceAdv(network, eta=0, model_mode=model_mode)
+        adv(digits[:8], labels[:8])
+        assert same(before, state(network))
+
+
+def test_a_module_that_calls_itself_has_one_block() -> None:
+    told: list[str] = []
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor, again: bool = True) -> torch.Tensor:
+            x = self(x, False) if again else x
+            told.append("outer" if again else "inner")
+            return x
+
+    @contextmanager
+    def around(module: nn.Module):
+        told.append("begin")
+        yield
+        told.append("end")
+
+    net = Twice()
+    with around_others([], around):
+        net(torch.ones(1))
+        net(torch.ones(1))
+    assert told == ["begin", "inner", "outer", "end"] * 2

@@ -32,11 +32,13 @@ from ijsat_aug.evaluation.corruptions import (
     load_pictures,
 )
 from ijsat_aug.evaluation.corruptions.blur import disk, jitter
+from ijsat_aug.evaluation.corruptions.colour import in_colour
 from ijsat_aug.evaluation.corruptions.dice import Dice
 from ijsat_aug.evaluation.corruptions.digital import _look_up
 from ijsat_aug.evaluation.corruptions.filters import correlate, gaussian, streak, zoom
+from ijsat_aug.evaluation.corruptions.severities import parameters
 from ijsat_aug.evaluation.corruptions.spatter import distance_to, equalise, outlines
-from ijsat_aug.evaluation.corruptions.weather import plasma
+from ijsat_aug.evaluation.corruptions.weather import _piece, plasma
 from ijsat_aug.flows.data import load_images
 
 RANDOM = [name for name, kind in CORRUPTIONS.items() if kind.random]
@@ -643,3 +645,56 @@ def test_the_mean_corruption_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             corruption_score(*wrong)
+
+
+def test_a_piece_ends_with_its_severity(tmp_path: Path) -> None:
+    files = CorruptionFiles(tmp_path)
+    images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    files.write(images, torch.arange(5), ["contrast"])
+    whole, _ = files.read("contrast", 2)
+    for begin, end in ((3, 9), (-2, None), (4, 1), (1, -1)):
+        piece, truth = files.read("contrast", 2, begin, end)
+        assert torch.equal(piece, whole[begin:end])
+        assert torch.equal(truth, torch.arange(5)[begin:end])
+
+
+def test_of_the_six_pictures_of_the_original_five_are_drawn_from(tmp_path: Path) -> None:
+    for i in range(1, 7):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"frost{i}.png")
+    assert [int(picture.max()) for picture in load_pictures(tmp_path)] == [1, 2, 3, 4, 5]
+    (tmp_path / "frost6.png").rename(tmp_path / "more.png")
+    assert len(load_pictures(tmp_path)) == 6
+
+
+def test_files_of_fewer_images_are_of_other_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "fog.npy", np.zeros((5 * 4, 8, 8, 3), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.tile(np.arange(4), 5))
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(6) % 4
+    with pytest.raises(ValueError, match=r"holds \(20, .*choose another folder"):
+        CorruptionFiles(tmp_path).ensure("fog", images, labels)
+
+
+def test_snow_falls_from_both_sides() -> None:
+    black = torch.zeros(2, 1, 40, 32, dtype=torch.uint8)
+    for severity in (1, 5):
+        snow = corrupt(black, "snow", severity).int()
+        assert (snow - snow.flip(-2, -1)).abs().max() <= 1
+        assert snow.max() > 50
+
+
+def test_a_piece_of_frost_reaches_the_edge() -> None:
+    sheet = torch.arange(30.0).reshape(1, 5, 6)
+    x = torch.zeros(1, 1, 3, 3)
+    assert torch.equal(_piece(sheet, (0.0, 0.0), x), sheet[:, :3, :3])
+    assert torch.equal(_piece(sheet, (0.999, 0.999), x), sheet[:, 2:, 3:])
+
+
+def test_the_shorter_side_tells_small_images_from_large_ones() -> None:
+    assert parameters("fog", 1, 100, 300) == parameters("fog", 1, 300, 100) == SMALL["fog"][0]
+    assert parameters("fog", 1, 128, 300) == LARGE["fog"][0]
+
+
+def test_grey_images_are_grey_of_colours_that_there_are() -> None:
+    reddened = in_colour(lambda x: x * torch.tensor([2.0, 0.0, 0.0]).view(3, 1, 1))
+    assert torch.allclose(reddened(torch.ones(1, 1, 2, 2)), torch.tensor(0.299))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ijsat_aug.evaluation import Victim, doubts, evaluate
+from ijsat_aug.evaluation import Victim, credibility, doubts, evaluate
 from ijsat_aug.evaluation.credibility import black_box_wins
 
 
@@ -254,3 +254,26 @@ def test_statistics_of_a_batch_that_lose_clean_images_tell_nothing_of_attacks() 
 def test_two_images_of_a_thousand_are_chance() -> None:
     assert black_box_wins({"FAB-T": 500, "Square": 498}, 1000) is None
     assert black_box_wins({"FAB-T": 500, "Square": 497}, 1000) is not None
+
+
+@pytest.mark.parametrize("few", [1, 5])
+def test_fewer_steps_that_are_stronger_are_told(few, monkeypatch) -> None:
+    right = {1: 0.5, 5: 0.5, 20: 0.5, few: 0.1}
+    monkeypatch.setattr(credibility, "_plain_pgd", lambda victim, x, y, eps, steps: steps)
+    monkeypatch.setattr(credibility, "_right", lambda victim, steps, y: right[steps])
+    none = torch.empty(0)
+    told = credibility._more_steps_are_weaker(None, none, none)  # type: ignore[arg-type]
+    assert told is not None
+    assert f"with {few} step{'s' * (few > 1)} (10% right) than with 20 (50%)" in told
+
+
+def test_statistics_come_back_where_the_model_was_asked_before() -> None:
+    y = (torch.arange(40) % 10 == 0).long()
+    x = torch.where(y.bool(), 0.59, 0.49)[:, None, None, None].expand(40, 1, 4, 4).clone()
+    model = Level(nn.BatchNorm1d(1, affine=False)).eval()
+    victim = Victim(model)
+    with victim.frozen():
+        victim(x)  # in eval mode it changes nothing
+    doubts(victim, x, y)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert torch.equal(model.norm.running_mean, torch.zeros(1))

@@ -12,7 +12,13 @@ import torch
 from rich.console import Console
 from scipy.stats import binomtest
 
-from ijsat_aug.evaluation import Report, Result, to_html, to_markdown, to_table
+from ijsat_aug.evaluation import (
+    Report,
+    Result,
+    to_html,
+    to_markdown,
+    to_table,
+)
 from ijsat_aug.evaluation.pictures import from_png, to_png
 from ijsat_aug.evaluation.report import wilson
 from ijsat_aug.evaluation.table import rows
@@ -270,3 +276,32 @@ def test_results_of_other_images_are_no_report(tmp_path) -> None:
     (tmp_path / "a").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="is no report of an evaluation"):
         Report.load(tmp_path / "a")
+
+
+def test_what_was_wrong_before_is_no_success_of_an_attack() -> None:
+    found = report(clean="1110", linf="1101", fog="0111")
+    assert found.union().value == 1 / 4
+    assert found.union("lp").value == 1 / 2
+
+
+def test_a_mean_of_some_of_the_corruptions_is_not_compared() -> None:
+    names = [f"{name}/{severity}" for name in ("fog", "snow") for severity in (1, 2)]
+
+    def found(*of: str) -> Report:
+        return Report({"data": "d"}, {name: result(name, "1100", "corruption") for name in of})
+
+    fog, snow, mean = (row.change for row in rows(found(*names), found(*names[:2])))
+    assert fog is not None
+    assert snow is None
+    assert mean is None
+    fog, snow, mean = (row.change for row in rows(found(*names), found(*names[:3])))
+    assert snow is None  # one of its severities
+    assert rows(found(*names), found(*names))[-1].change is not None
+
+
+def test_a_report_of_another_format_is_told(tmp_path) -> None:
+    found = json.loads(report(clean="11", linf="10").to_json())
+    for other in (0, 2):
+        (tmp_path / "a.json").write_text(json.dumps(found | {"format": other}))
+        with pytest.raises(ValueError, match=f"has format {other}; this version reads 1"):
+            Report.load(tmp_path / "a.json")

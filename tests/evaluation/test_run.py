@@ -706,7 +706,7 @@ def test_doubts_look_at_images_of_all_classes(net, digits, labels) -> None:
     y = labels[:260].clone()
     y[:130] = (y[:130] + 1) % 10
     found = evaluate(Levels16(net), digits[:260], y, threats=["linf@2"], corruptions=[])
-    assert any("gradient" in warning for warning in found.warnings)
+    assert any("have no gradient at all" in warning for warning in found.warnings)
     wrong = evaluate(net, digits[:20], (net(digits[:20]).argmax(1) + 1) % 10, threats=["linf@2"],
                      corruptions=[])  # fmt: skip
     assert any("None of the 20 images that were looked at is right" in w for w in wrong.warnings)
@@ -800,3 +800,58 @@ def test_one_output_is_no_classifier(digits, labels) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval()
     with pytest.raises(ValueError, match="the model has one output, and accuracy wants one"):
         evaluate(model, digits[:4], labels[:4] % 2, threats=[], corruptions=[])
+
+
+def test_an_image_keeps_its_draws_whatever_was_wrong_before_it(net, digits, labels) -> None:
+    drawn = {}
+
+    def attack(victim, x, y, draws) -> Found:
+        for image, draw in zip(x, draws.uniform((len(x), 4)), strict=True):
+            drawn.setdefault(image.sum().item(), []).append(draw)
+        return Found(x)
+
+    own = Threat("own", "own", "unseen", "", 1, "here", attack)
+    x = digits[:9]
+    y = net(x).argmax(1)
+    other = y.clone()
+    other[0] = (y[0] + 1) % 10
+    for truth in (y, other):
+        evaluate(net, x, truth, threats=[own], corruptions=[])
+    pairs = [draws for draws in drawn.values() if len(draws) == 2]
+    assert len(pairs) == 8
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_budget_of_nothing_is_a_budget(flow) -> None:
+    shape = (1, 8, 8)
+    assert make_threat("jsa=0:0.1", flow, shape).budget == "0/255, η 0.1"
+    assert make_threat("linf=0").budget == "0/255"
+    assert make_threat("l2=0").budget == "0"
+    assert make_threat("stadv=0").budget == "0"
+
+
+def test_an_evaluation_is_without_autocast(net, digits, labels) -> None:
+    seen = []
+
+    def model(x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return net(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(model, digits[:8], labels[:8], threats=["linf@2"], corruptions=["contrast"])
+        assert torch.is_autocast_enabled("cpu")
+    assert seen
+    assert not any(seen)
+
+
+def test_other_tiles_are_another_evaluation(net, digits, labels, flow, tmp_path) -> None:
+    x = nn.functional.interpolate(digits[:4], (12, 9))
+
+    def model(x):
+        return net(nn.functional.interpolate(x, (8, 8)))
+
+    options = {"threats": ["om=0.1@1"], "corruptions": [], "folder": tmp_path}
+    evaluate(model, x, labels[:4], flow=Tiles(flow, (12, 9), 2), **options)
+    evaluate(model, x, labels[:4], flow=Tiles(flow, (12, 9), 2), **options)
+    with pytest.raises(ValueError, match="results of another flow"):
+        evaluate(model, x, labels[:4], flow=Tiles(flow, (12, 9), 5), **options)

@@ -567,3 +567,48 @@ def test_snow_falls_on_a_gpu_as_on_a_cpu() -> None:
     flakes, streaks = torch.rand(3, 7, 8, 9), torch.rand(3, 7, 13, 13)
     one, two = (fall(flakes, streaks) for fall in (_fallen, _fallen_in_columns))
     torch.testing.assert_close(one, two)
+
+
+def test_a_gradient_that_leads_inside_is_followed_at_the_edge() -> None:
+    """Only the part of it that leads out is taken away."""
+
+    centre = torch.full((1, 1, 2, 2), 0.5)
+    ball = PerceptualBall(centre, 0.2, rms)
+    edge = centre + 0.2
+    inwards = ball.step(edge, -torch.ones_like(edge), 0.1)
+    assert torch.allclose(inwards, centre + 0.1, atol=1e-3)
+    outwards = ball.step(edge, torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]]), 0.1)
+    assert outwards[0, 0, 0, 0] > outwards[0, 0, 1, 1]
+    assert (ball.distance(outwards) <= 0.2).all()
+
+
+def test_few_flakes_stay_few() -> None:
+    ball = SnowBall(torch.zeros(2, 7, 8, 8))
+    few = 0.1 + 0.05 * torch.rand(2, 7, 8, 8)
+    assert torch.equal(ball.project(few), few)
+
+
+def test_a_step_may_begin_at_the_clean_image() -> None:
+    centre = torch.full((2, 1, 4, 4), 0.5)
+    ball = PerceptualBall(centre, 0.2, rms)
+    moved = ball.step(centre, torch.ones_like(centre), 0.1)
+    assert torch.allclose(moved, centre + 0.1, atol=1e-3)
+
+
+def test_each_knot_of_the_curve_moves_the_levels_around_it() -> None:
+    x = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 1, 1, 3)
+    picture, variables = SPACES["recolor"].space(x, 0.3, 1, torch.rand)
+    still = torch.zeros_like(variables["colours"].start)
+    for knot, moves in ((0, [True, False, False]), (7, [False, False, True])):
+        change = still.clone()
+        change[..., knot] = 0.3 if knot == 0 else -0.3
+        moved = (picture({"colours": change}) - x).abs().flatten() > 0.01
+        assert moved.tolist() == moves
+
+
+def test_a_step_at_the_edge_goes_along_it() -> None:
+    centre = torch.full((1, 1, 2, 2), 0.5)
+    ball = PerceptualBall(centre, 0.2, rms)
+    along = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]])
+    moved = ball.step(centre + 0.2, torch.ones_like(centre) + 0.1 * along, 0.1)
+    assert (moved * along).mean() > 0.05

@@ -379,3 +379,20 @@ def test_autocast_does_not_round_what_must_come_back(digits: Tensor) -> None:
         x = 0.1 + 0.8 * digits[:8]
         with torch.autocast("cpu", torch.bfloat16):
             assert (manifold.decode(manifold.encode(x)) - x).abs().max() < 1e-4
+
+
+def test_moving_a_manifold_leaves_the_one_that_was_there() -> None:
+    generator = nn.Sequential(nn.Linear(5, 64), nn.Unflatten(1, (1, 8, 8)))
+    here = Decoder(generator, (1, 8, 8), (5,))
+    there = here.to("meta")
+    assert there.decode(torch.zeros(2, 5, device="meta")).is_meta
+    assert here.decode(torch.zeros(2, 5)).isfinite().all()
+
+
+def test_a_latent_that_never_changes_has_no_infinite_value() -> None:
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [nf.flows.Permute(4)])
+    images = torch.rand(50, 1, 2, 2)
+    images[:, :, 0, 0] = 0
+    manifold = NormflowsManifold(model, (1, 2, 2), flat=True).standardised(images)
+    assert manifold.encode(images).isfinite().all()
+    assert torch.allclose(manifold.decode(manifold.encode(images)), images, atol=1e-6)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from ijsat_aug import load_flow
 from ijsat_aug.flows import Pyramid
-from ijsat_aug.flows.calibration import calibrate, matching_eta, recommended_eta, round_trip
+from ijsat_aug.flows.calibration import (
+    _worst_direction,
+    calibrate,
+    matching_eta,
+    recommended_eta,
+    round_trip,
+)
 from ijsat_aug.flows.data import load_images
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.probe import probe_network
@@ -286,3 +292,41 @@ def test_no_radius_can_be_told_of_a_flow_that_is_never_finite() -> None:
 def test_half_a_level_beside_the_range_is_rounding(flow, digits) -> None:
     table = calibrate(flow, digits[:64], etas=(1e-4,))
     assert table["linf"][0]["random"]["out_of_range"] == 0
+
+
+def test_more_than_half_a_level_beside_the_range_is_out_of_it() -> None:
+    class Itself:
+        shape, latent_dim = (1, 8, 8), 64
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z.reshape(-1, 1, 8, 8)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    levels = (0.4 / 255, 0.6 / 255)
+    rows = calibrate(Itself(), torch.zeros(8, 1, 8, 8), network=network, etas=levels)["linf"]
+    inside, outside = (row["random"]["out_of_range"] for row in rows)
+    assert inside == 0
+    assert outside == pytest.approx(0.5, abs=0.1)
+
+
+def test_where_nothing_moves_the_worst_direction_is_the_random_one() -> None:
+    class Still:
+        shape, latent_dim = (1, 2, 2), 4
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return 0 * z.reshape(-1, 1, 2, 2)
+
+    x = torch.rand(3, 1, 2, 2)
+    step = _worst_direction(Still(), 0)(x, x.flatten(1), "linf", 0.3)
+    assert torch.allclose(step.abs(), torch.full((3, 4), 0.3))
+
+
+def test_no_radius_is_taken_from_beyond_one_that_blows_up() -> None:
+    assert matching_eta(fake((0.1, 0.2, 0.0), (0.2, 0.3, 0.5), (0.3, 0.6, 0.0)), 0.5) == 0.1
+    assert matching_eta(fake((0.1, 0.2, 0.0), (0.2, None, 1.0), (0.3, 0.6, 0.0)), 0.5) == 0.1

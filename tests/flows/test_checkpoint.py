@@ -389,3 +389,10 @@ def test_numbers_of_numpy_are_numbers_of_a_config() -> None:
 def test_integers_are_no_precision_of_a_flow() -> None:
     with pytest.raises(TypeError, match="compute_dtype is a dtype such as"):
         load_flow("digits", compute_dtype=torch.int8)
+
+
+def test_every_digit_of_a_checksum_counts() -> None:
+    known = load_flow("digits").info["weights"]["sha256"]
+    wrong = known[:-1] + ("0" if known[-1] != "0" else "1")
+    with pytest.raises(CheckpointError, match="not the one that sha256= asks for"):
+        load_flow("digits", sha256=wrong)

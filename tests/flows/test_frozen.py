@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijsat_aug import load_flow
 from ijsat_aug.flows.fold import freeze
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.glow import GlowConfig, from_unit, to_unit
@@ -467,3 +469,32 @@ def test_samples_are_pixels_and_a_temperature_of_zero_is_the_middle(flow) -> Non
     assert x.max() == 1
     middle = flow.decode(torch.zeros(1, 64)).clamp(0, 1)
     assert torch.allclose(flow.sample(2, temperature=0.0), middle.expand(2, -1, -1, -1), atol=1e-5)
+
+
+def test_samples_spread_as_their_class_does() -> None:
+    flow = freeze(RANDOM["classes"], random_glow(RANDOM["classes"]).state_dict())
+    means, stds = flow.base
+    still = replace(flow, base=(means, stds * torch.tensor([0.0, 1, 1, 1])[:, None]))
+    first = still.sample(4, labels=torch.zeros(4).long())
+    assert torch.allclose(first, first[:1].expand_as(first), atol=1e-6)
+    second = still.sample(4, labels=torch.ones(4).long())
+    assert not torch.allclose(second, second[:1].expand_as(second), atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(value) -> None:
+    config = RANDOM["classes"]
+    state = random_glow(config).state_dict()
+    name = next(key for key in state if key.endswith("net.0.bias"))
+    state[name][0] = value
+    with pytest.raises(ValueError, match="values that are not finite"):
+        freeze(config, state)
+
+
+def test_a_flow_that_moved_in_inference_mode_has_gradients() -> None:
+    with torch.inference_mode():
+        flow = load_flow("digits").to(compute_dtype=torch.bfloat16)
+    assert not any(t.is_inference() for conv in flow.levels[0][0].net for t in conv)
+    z = torch.zeros(1, 64, requires_grad=True)
+    flow.decode(z).sum().backward()
+    assert z.grad is not None

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
@@ -315,3 +316,22 @@ def test_halves_are_resampled_on_a_cpu_too(dtype: torch.dtype, flow) -> None:
     pyramid = Pyramid(flow, (12, 12))
     z = pyramid.encode(x.to(dtype))
     assert (z.float() - pyramid.encode(x.to(dtype).float())).abs().max() < 0.05
+
+
+def test_pyramids_of_a_manifold_in_float64_are_as_exact() -> None:
+    class Itself:
+        shape, latent_dim = (1, 8, 8), 64
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z.reshape(-1, 1, 8, 8)
+
+    pyramid = Pyramid(Itself(), (20, 13))
+    x = torch.rand(2, 1, 20, 13, dtype=torch.float64)
+    low = F.interpolate(x, (8, 8), mode="bilinear", antialias=True)
+    assert torch.allclose(pyramid.encode(x), low.flatten(1), rtol=0, atol=1e-14)
+    assert torch.allclose(
+        pyramid.decode(pyramid.encode(x)) + pyramid.rest(x), x, rtol=0, atol=1e-14
+    )

@@ -605,12 +605,13 @@ def test_who_is_killed_before_a_milestone_does_not_go_on_with_what_was_there(
 
 
 def test_a_user_of_accelerate_may_train_a_flow(data: ImageData, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(SHORT, epochs=0.1)
-    with torch.no_grad():  # which a training leaves aside
-        train_flow(data, CONFIG, tmp_path / "a", recipe, quiet=True)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests of this process
+    recipe = dataclasses.replace(SHORT, epochs=0.1)
+    with torch.no_grad():  # which a training leaves aside
+        train_flow(data, CONFIG, tmp_path / "a", recipe, quiet=True)
     try:
         Accelerator(mixed_precision="bf16")  # the flow left no other precision behind
         with pytest.raises(ValueError, match="mixed_precision='bf16' in this process"):
@@ -665,3 +666,64 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_no_training_is_endless_by_its_epochs() -> None:
     with pytest.raises(ValueError, match="epochs must be a finite number"):
         Recipe(epochs=math.inf)
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, monkeypatch) -> None:
+    """And its images are all those that are not held out, each once."""
+    data, seen = load_images("digits"), []
+
+    def look(run: trainer._Run, u: torch.Tensor, *arguments: object) -> torch.Tensor:
+        seen.append(((u * 17).floor(), run.optimizer.param_groups[0]["lr"]))
+        return step(run, u, *arguments)
+
+    step = trainer._Run._step
+    monkeypatch.setattr(trainer._Run, "_step", look)
+    monkeypatch.setattr(trainer, "publish", lambda *_, **__: None)
+    recipe = dataclasses.replace(SHORT, batch_size=400)
+    train_flow(data, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    half = len(seen) // 2
+    one, two = (torch.cat([u for u, _ in part]) for part in (seen[:half], seen[half:]))
+    assert one.shape == two.shape
+    assert not torch.equal(one, two)
+
+
+def test_images_are_mirrored_left_and_right(tmp_path, monkeypatch) -> None:
+    """Of images that are bright on the left some are then bright on the right, none above."""
+    data = load_images("digits")
+    images = torch.zeros_like(data.images[:200])
+    images[:, :, :4, :4] = 16
+    batches = []
+
+    def look(run: trainer._Run, u: torch.Tensor, *arguments: object) -> torch.Tensor:
+        batches.append(u)
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer._Run, "_step", look)
+    monkeypatch.setattr(trainer._Run, "_milestone", lambda *_: None)
+    monkeypatch.setattr(trainer, "publish", lambda *_, **__: None)
+    recipe = dataclasses.replace(SHORT, flip=True)
+    images = dataclasses.replace(data, images=images, labels=None)
+    train_flow(images, CONFIG, tmp_path / "flow", recipe, quiet=True)
+    u = torch.cat(batches)[:, 0]
+    assert (u[:, :4].mean((1, 2)) > 0.4).all()
+    right = (u[:, :, 4:].mean((1, 2)) > u[:, :, :4].mean((1, 2))).float().mean()
+    assert 0.3 < right < 0.7
+
+
+def test_the_rate_of_learning_warms_up_and_falls(tmp_path, monkeypatch) -> None:
+    rates = []
+
+    def look(run: trainer._Run, *arguments: object) -> torch.Tensor:
+        loss = step(run, *arguments)
+        rates.append(run.optimizer.param_groups[0]["lr"] / run.recipe.lr)
+        return loss
+
+    step = trainer._Run._step
+    monkeypatch.setattr(trainer._Run, "_step", look)
+    monkeypatch.setattr(trainer, "publish", lambda *_, **__: None)
+    recipe = dataclasses.replace(SHORT, epochs=20, warmup=5, every=1000)
+    train_flow(load_images("digits"), CONFIG, tmp_path / "flow", recipe, quiet=True)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[len(rates) // 2] == pytest.approx(0.5, abs=0.01)
+    assert rates[-1] < 0.01

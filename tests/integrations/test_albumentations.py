@@ -198,3 +198,14 @@ def test_images_of_two_units_are_no_batch() -> None:
 
     with pytest.raises(TypeError, match="8-bit images and floating ones"):
         BatchPipeline(A.Compose([Sometimes(p=1)]))(torch.randint(256, (2, 3, 8, 8)).byte())
+
+
+def test_levels_are_rounded_and_come_back() -> None:
+    class Same:
+        def __call__(self, image):
+            return {"image": image}
+
+    levels = torch.arange(256.0).reshape(1, 1, 16, 16) / 255
+    pipeline = BatchPipeline(Same(), as_uint8=True)
+    assert torch.allclose(pipeline(levels), levels, atol=1e-6)
+    assert torch.allclose(pipeline((levels - 0.4 / 255).clamp(0, 1)), levels, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -136,3 +137,32 @@ def test_other_kinds_of_batchnorm_are_refused() -> None:
 
     with pytest.raises(ValueError, match="Mine cannot be split"):
         convert_split_batchnorm(nn.Sequential(nn.BatchNorm2d(3), Mine(3)))
+
+
+def test_a_model_that_comes_later_is_attacked_through_the_auxiliary_branch(
+    network, digits, labels
+) -> None:
+    convert_split_batchnorm(network)
+    calls: list[int] = []
+    network[1].auxiliary.register_forward_hook(lambda *_: calls.append(1))
+    for augment in (
+        JointSpaceAdv(eta=0, mode="append").bind(network),
+        RobustMixup(num_classes=10, mode="append").bind(network),
+    ):
+        calls.clear()
+        augment(digits[:7], labels[:7])
+        assert calls, augment
+
+
+def test_a_pickle_keeps_the_branch_of_what_it_appends(network, digits, labels) -> None:
+    adv = pickle.loads(pickle.dumps(JointSpaceAdv(network, eta=0, mode="append")))
+    assert adv.bind(network).handle.route == "auxiliary"
+
+
+def test_a_route_inside_another_gives_the_outer_one_back() -> None:
+    net = convert_split_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    with auxiliary_batchnorm(net):
+        with auxiliary_batchnorm(net, "clean"):
+            assert net[0].route == "clean"
+        assert net[0].route == "auxiliary"
+    assert net[0].route == "half"

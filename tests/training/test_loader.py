@@ -385,3 +385,11 @@ def test_a_graph_that_was_given_is_the_one_that_works(network) -> None:
 def test_the_plan_can_be_read(network) -> None:
     loader = AugmentedLoader([], JointSpaceAdv(network, eta=0), every=3, epochs=(1, None))
     assert (loader.every, loader.epochs, loader.replay, loader.captured) == (3, (1, None), 1, False)
+
+
+def test_an_epoch_that_is_told_while_it_runs_stays_what_it_was_told() -> None:
+    loader = AugmentedLoader([torch.rand(2, 1, 4, 4)] * 3, lambda batch: batch)
+    for number, _ in enumerate(loader):
+        if number == 0:
+            loader.set_epoch(7)
+    assert loader.epoch == 7

@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 
 from ijsat_aug import JointSpaceAdv, RobustMixup, load_flow
 from ijsat_aug.transforms.functional import joint_space_adv, robust_mixup
+from ijsat_aug.transforms.labels import as_target
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
 X, Y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -435,3 +436,9 @@ def test_a_name_where_the_functional_form_needs_a_flow(untouchable) -> None:
         joint_space_adv(X, Y, untouchable, "digits", eps=0.1, eta=0.1)
     with pytest.raises(TypeError, match=r"load one with ijsat_aug\.load_flow"):
         joint_space_adv(X, Y, untouchable, "digits", eps=0.1, latent_start=torch.zeros(4, 64))
+
+
+@pytest.mark.parametrize("row", [[0.3, 0.2], [0.8, 0.4]])
+def test_rows_of_another_sum_are_no_probabilities(row) -> None:
+    with pytest.raises(ValueError, match="rows >= 0 that sum to 1"):
+        as_target(torch.tensor([row]), 1, values=True)

@@ -276,3 +276,11 @@ def test_repr_shows_the_settings(network, flow) -> None:
     for piece in ("model=Sequential", "1x8x8", "steps=3", "norm=l2", "prediction", "mean=(0.5,)"):
         assert piece in text
     assert "Conv2d" not in text
+
+
+def test_chosen_samples_stay_in_order() -> None:
+    half = BatchTransform(nn.Identity(), fraction=0.5)
+    x = torch.rand(4, 3, 2, 2)
+    assert half.choose_samples(x, torch.tensor([1.0, 2.0, 0.0, 3.0])).tolist() == [1, 3]
+    orders = [half.choose_samples(x).tolist() for _ in range(10)]
+    assert all(order == sorted(order) for order in orders)

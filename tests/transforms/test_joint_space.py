@@ -293,3 +293,36 @@ def test_a_friendly_attack_with_a_goal_stops_there(net, digits, labels) -> None:
     hard, _ = JointSpaceAdv(net, **options)(digits, goal)
     assert accuracy(net, x, goal) > 0.5
     assert (x - digits).abs().mean() < (hard - digits).abs().mean()
+
+
+def test_a_replay_starts_anywhere_in_the_ball(digits, labels) -> None:
+    adv = JointSpaceAdv(eta=0, eps=0.1)
+    x = torch.full_like(digits[:32], 0.5)
+    moved = adv.follow(x, labels[:32], torch.zeros_like(x)) - x
+    assert moved.abs().max() <= 0.1 + 1e-6
+    assert moved.abs().mean() == pytest.approx(0.05, rel=0.1)
+
+
+def test_each_ball_is_filled_as_its_norm_says(flow) -> None:
+    x = torch.rand(64, 1, 8, 8)
+    for norm, latent_norm in (("linf", "l2"), ("l2", "linf")):
+        options = {"eps": 0.1, "eta": 0.2, "norm": norm, "latent_norm": latent_norm, "steps": 2}
+        start = JointSpaceAdv(nn.Identity(), flow, **options).make_params(x, None)
+        latent, pixel = start["latent_start"], start["pixel_start"].flatten(1)
+        for draw, kind, radius in ((latent, latent_norm, 0.2), (pixel, norm, 0.1)):
+            lengths = draw.norm(dim=1) if kind == "l2" else draw.abs().amax(1)
+            assert lengths.max() <= radius * (1 + 1e-5)
+            assert lengths.mean() == pytest.approx(radius * 64 / 65, rel=0.02)
+
+
+def test_the_own_prediction_is_that_of_the_clean_image() -> None:
+    """Half of the random starts lie where the model predicts the other class."""
+
+    def model(x):
+        level = x.flatten(1) - 0.5
+        return torch.cat([-level, level], 1)
+
+    x = torch.full((64, 1, 1, 1), 0.499)
+    adv = JointSpaceAdv(model, eta=0, eps=0.1, steps=4, target="prediction")
+    out, _ = adv(x, torch.zeros(64).long())
+    assert (out > 0.59).all()

@@ -695,3 +695,33 @@ def test_the_mode_of_the_model_reaches_the_built_in_attack(network, digits, labe
 def test_the_mode_of_a_preset_is_that_of_its_attack(net) -> None:
     mix = RobustMixup.preset("accuracy", net, "digits", num_classes=10, model_mode="train")
     assert mix.attack.handle.mode == mix.handle.mode == "train"
+
+
+def test_an_attack_that_moves_nothing_leaves_geometric_labels_linear() -> None:
+    """Three images have two neighbours each, of which one is the partner."""
+    x, y = torch.rand(3, 1, 4, 4), torch.arange(3)
+    lam = torch.tensor([0.8, 0.6, 0.9])
+    geometric, linear = (
+        with_lam(RobustMixup(num_classes=3, attack=lambda x, t: x, label=kind), x, y, lam)[1]
+        for kind in ("geometric", "linear")
+    )
+    assert torch.allclose(geometric, linear, atol=1e-5)
+
+
+def test_labels_of_a_fraction_are_mixed_where_the_images_are(digits, labels) -> None:
+    x, y = digits[:20], labels[:20]
+    mix = RobustMixup(num_classes=10, eps=0, fraction=0.5, generator=0)
+    mixed, t = mix(x, y)
+    hot = nn.functional.one_hot(y, 10).float()
+    same = (mixed == x).flatten(1).all(1)
+    assert torch.equal(t[same], hot[same])
+    own = t.gather(1, y[:, None]).squeeze(1)
+    assert torch.allclose(own[~same & (own < 1)], mix.last["lam"][~same & (own < 1)], atol=1e-6)
+    assert int((own < 1).sum()) > 5
+
+
+def test_geometric_labels_of_equal_images_are_linear() -> None:
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.arange(2)
+    mix = RobustMixup(num_classes=2, attack=lambda x, t: x * 0.5, label="geometric")
+    _, t = with_lam(mix, x, y, torch.tensor([0.8, 0.6]))
+    assert torch.allclose(t, torch.tensor([[0.8, 0.2], [0.4, 0.6]]))

@@ -384,3 +384,26 @@ def test_keypoints_are_geometry() -> None:
 def test_a_batch_that_is_left_out_comes_without_a_graph(net, digits, labels) -> None:
     x = digits[:4].clone().requires_grad_()
     assert not JointSpaceAdv(net, eta=0, p=0)(x, labels[:4])[0].requires_grad
+
+
+def test_a_batch_of_colours_that_nobody_normalised_is_doubted() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    x, y = torch.rand(4, 3, 4, 4), torch.zeros(4).long()
+    x[0, :, 0, 0] = 0
+    with pytest.warns(UserWarning, match="as if it were not normalised"):
+        JointSpaceAdv(net, eta=0, mean=mean, std=std)(x, y)
+
+
+def test_the_model_gets_the_layout_that_was_asked_for(network, digits, labels) -> None:
+    seen = []
+    network.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    x = digits[:6].expand(-1, 3, -1, -1).contiguous()
+    network[0] = torch.nn.Conv2d(3, 16, 3, padding=1)
+    options = {"memory_format": torch.channels_last, "eps": 0.1}
+    JointSpaceAdv(network, eta=0, steps=2, **options)(x, labels[:6])
+    RobustMixup(network, num_classes=10, lam_steps=1, draws=2, **options)(x, labels[:6])
+    assert len(seen) == 6
+    assert all(seen)
