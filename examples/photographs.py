@@ -43,6 +43,7 @@ def grid(rows: dict[str, tuple[Tensor, Tensor]], path: Path, count: int = 7) -> 
             axis.imshow(np.clip(image.permute(1, 2, 0).numpy(), 0, 1))
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(_words(label), fontsize=8, labelpad=2)
+    path = path.with_suffix(path.suffix or ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"Look at {path}.")

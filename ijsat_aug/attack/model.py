@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ..precision import warn_if_emulated
@@ -213,6 +214,11 @@ class ModelHandle:
         if self.route == "auxiliary":
             _check_still_split(modules)
         found = [p for m in modules for p in m._parameters.values()]
+        if any(is_lazy(p) for p in found if p is not None):
+            raise ValueError(
+                "the model has lazy layers without weights yet: call it once with a batch, as the "
+                "optimiser wants it too."
+            )
         trainable = [p for p in found if p is not None and p.requires_grad and p.is_leaf]
         with ExitStack() as stack:
             if not _are_sharded(modules):  # FSDP keeps in attributes where it is in a pass

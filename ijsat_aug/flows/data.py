@@ -236,6 +236,8 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
 def _from_torchvision(
     name: str, root: str | Path | None, train: bool, size: int | None
 ) -> ImageData:
+    from urllib.error import URLError
+
     from torchvision import datasets
 
     kind: Callable[..., Any] | None = getattr(datasets, name, None)
@@ -247,7 +249,9 @@ def _from_torchvision(
             "torchvision; check the spelling or the path."
         )
     if root is None:
-        raise ValueError(f"say where torchvision's {name} lies or may be downloaded to: root=...")
+        raise ValueError(
+            f"say where torchvision's {name} lies or may be downloaded to: root=..., or --root."
+        )
     known = inspect.signature(kind).parameters
     options: dict[str, Any] = {"download": True} if "download" in known else {}
     if "train" in known:
@@ -255,7 +259,10 @@ def _from_torchvision(
     elif "split" not in known and not train:
         raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
     by_split = "split" in known and "train" not in known
-    dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
+    try:
+        dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
+    except URLError as error:
+        raise ValueError(f"{name} is not in {root}, and cannot be downloaded: {error}.") from error
     targets: list[Any] = []
 
     def pictures() -> Iterator[tuple[Any, str]]:

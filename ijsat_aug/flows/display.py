@@ -58,6 +58,11 @@ class Display:
         text = f"{float(loss):.3f} bits/dim · {rate:.0f} images/s · {left:.1f} min left"
         self.bar.update(self.task, completed=done, step=progress.step, text=text)
 
+    def say(self, what: str) -> None:
+        """Print what happens when the bar has come to its end."""
+        if self.enabled:
+            self.bar.console.print(what)
+
     def report(self, progress: Progress) -> None:
         """Print a line for a validation."""
         if self.enabled:

@@ -88,6 +88,7 @@ def train_flow(
         run = _Run(data, config, out, recipe, accelerator, resume)
         with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
             run.train(display)
+            display.say("measuring the flow, and drawing its pictures ...")
         if accelerator.is_main_process:
             publish(
                 run.best_state(), config, out, train=run.train_data, held_out=run.held_out,

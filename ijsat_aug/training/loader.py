@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +25,7 @@ __all__ = ["AugmentedLoader", "collate"]
 T = TypeVar("T")
 
 # What is its own; all else is the loader's.
-_OWN = ("loader", "transform", "device", "plan", "epoch", "heard", "_graph")
+_OWN = ("loader", "transform", "device", "plan", "epoch", "heard", "_graph", "_told", "_thread")
 _PLANNED = ("replay", "every", "epochs", "captured")
 
 
@@ -34,7 +36,8 @@ class AugmentedLoader(Generic[T]):
     one, because the transform asks the model: not in a thread beside that step. On CUDA its copy
     runs beside what the GPU still has to do of that step. Everything else (``len``, ``dataset``,
     ``sampler``, ``set_epoch``, ...) is the loader's own. In a loop with autocast give the transform
-    its own ``amp_dtype``: it runs before the loop's block begins.
+    its own ``amp_dtype``: it runs before the loop's block begins. What only looks at images
+    (``update_bn``) gets the ``.loader`` inside: each pass counts as an epoch.
 
     Args:
         loader: A DataLoader, or anything that yields batches.
@@ -47,7 +50,7 @@ class AugmentedLoader(Generic[T]):
         epochs: ``(first, end)``: attack only from epoch ``first`` up to, without it, ``end``, where
             None is never. Epochs are passes over more than a first batch, counted from 0, or told
             by ``set_epoch`` of this loader or of a sampler in it; tell it where a resumed training
-            begins.
+            begins, and in a loader without an end where each does.
         captured: On CUDA repeat the attack as a graph, from its fifth batch on: see
             :class:`~ijsat_aug.training.CapturedTransform`. Not with ``replay``.
 
@@ -93,6 +96,8 @@ class AugmentedLoader(Generic[T]):
         self.plan = Plan(replay, every, (0, None) if epochs is None else epochs)
         self.epoch = 0
         self.heard: int | None = None
+        self._told = 0  # how often
+        self._thread: int | None = threading.get_ident()
         self._hear()
         if captured and replay > 1:
             raise ValueError(
@@ -114,7 +119,8 @@ class AugmentedLoader(Generic[T]):
 
     def __iter__(self) -> Iterator[Any]:
         self._hear()
-        move, plan, epoch = _mover(self.device), self.plan, self.epoch
+        self._check_thread()
+        move, plan, epoch, told = _mover(self.device), self.plan, self.epoch, self._told
         if self._graph is not None and self._graph.transform is not self.transform:
             self._graph = CapturedTransform(self.transform)  # type: ignore[arg-type]
         work = self._graph or self.transform
@@ -123,12 +129,14 @@ class AugmentedLoader(Generic[T]):
             number += 1
             if number == 0:
                 self._overhear()
-            if number == 1 and self.epoch == epoch:  # a look at the first batch begins no epoch
+            if self._told != told:  # meanwhile, as of a loader without an end
+                epoch, told = self.epoch, self._told
+            elif number == 1:  # a look at the first batch begins no epoch
                 self.epoch = epoch + 1
             ready = [move(batch)]
             del batch  # nobody holds it while the model is trained
             yield from plan.shown(work, ready, epoch, number)
-        if number == 0:
+        if number == 0 and self._told == told:
             self.epoch = epoch + 1
 
     def __len__(self) -> int:
@@ -141,9 +149,24 @@ class AugmentedLoader(Generic[T]):
             >>> AugmentedLoader([torch.rand(2, 3, 4, 4)], lambda batch: batch).set_epoch(3)
         """
         self.epoch = epoch
+        self._told += 1
         counting = self._counting()
         if counting is not None:
             counting.set_epoch(epoch)
+
+    def _check_thread(self) -> None:
+        """A word, once, where batches are made beside the training step that they are for."""
+        if self._thread not in (None, threading.get_ident()):
+            self._thread = None
+            warnings.warn(
+                "an AugmentedLoader is read in another thread than it was made in. Its transform "
+                "asks the model, which must not be trained meanwhile: unless this thread trains "
+                "too, read the loader inside in the background, and wrap that reader.",
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_thread": None}  # of another process
 
     def _counting(self) -> Any:
         """Who else is told the epochs: the loader, a sampler in it, or the dataset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,18 @@ from ..attack.friendly import ascend_friendly
 from ..attack.model import ModelHandle
 from ..flows.manifold import Manifold
 from .joint_picture import exact, linear
-from .labels import check_logits
+from .labels import are_probabilities, check_logits
 from .scale import Scale
 from .threat import Threat
 
 __all__ = ["climb", "climb_along", "usable"]
 
 Model = Callable[[Tensor], Tensor]
+
+_SOFTMAX = (
+    "the model returns probabilities, of which the objective takes the softmax once more, so that "
+    "its gradient is faint: give a model of logits, such as model[:-1] without its nn.Softmax."
+)
 
 
 def climb(
@@ -207,6 +213,8 @@ def _checked(
         if unchecked:
             least = 1 if threat.rows == "labels" else 2
             check_logits(logits, len(image), known, values=careful, least=least)
+            if careful and least == 2 and are_probabilities(logits):
+                warnings.warn(_SOFTMAX, stacklevel=2)
             unchecked = False
         return logits
 

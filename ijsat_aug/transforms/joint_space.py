@@ -422,12 +422,15 @@ class JointSpaceAdv(BatchTransform):
 
 def _of_another_size(flow: Manifold, images: Tensor) -> str:
     one, two = ("x".join(map(str, s)) for s in (flow.shape[1:], images.shape[2:]))
-    then = (
-        "as many tiles move as cover it (ijsat_aug.flows.Tiles)."
-        if isinstance(flow, Tiles)
-        else "their low band moves on its manifold, finer detail stays "
-        "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
-    )
+    if isinstance(flow, Tiles):
+        then = "as many tiles move as cover it (ijsat_aug.flows.Tiles)."
+    elif all(own >= size for own, size in zip(flow.shape[1:], images.shape[2:], strict=True)):
+        then = "they are enlarged on the way to its manifold (ijsat_aug.flows.Pyramid)."
+    else:
+        then = (
+            "their low band moves on its manifold, finer detail stays "
+            "(ijsat_aug.flows.Pyramid; Tiles moves it too)."
+        )
     return f"the flow takes images of {one}, the batch has {two}: {then}"
 
 

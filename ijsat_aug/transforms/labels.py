@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attack.model import in_full
 
-__all__ = ["Rows", "as_target", "check_logits", "soft_labels"]
+__all__ = ["Rows", "are_probabilities", "as_target", "check_logits", "soft_labels"]
 
 # What rows hold: chances of classes that exclude each other, of labels that do not, or anything.
 Rows = Literal["classes", "labels", "any"]
@@ -53,7 +53,8 @@ def as_target(
     if rows == "any" and labels.shape[1:] == (1,):  # a column of class numbers is a mistake
         free = labels.is_floating_point()
     if labels.is_complex() or (labels.dtype == torch.bool and not free):
-        raise TypeError(f"labels must be class numbers or probabilities, got {labels.dtype}.")
+        fix = f"; {others}" if labels.dtype == torch.bool and labels.ndim == 2 else "."
+        raise TypeError(f"labels must be class numbers or probabilities, got {labels.dtype}{fix}")
     if labels.ndim == 0 or len(labels) != count:
         raise ValueError(f"there are {count} images and labels of shape {tuple(labels.shape)}.")
     if free:
@@ -69,7 +70,7 @@ def as_target(
                 f"classes), got {tuple(labels.shape)}; pass class numbers as integers: "
                 f"labels.long(){one}."
             )
-        if values and count and not _are_probabilities(labels):
+        if values and count and not are_probabilities(labels):
             raise ValueError(
                 f"floating labels must be probabilities: rows >= 0 that sum to 1; {others}"
             )
@@ -80,9 +81,11 @@ def as_target(
             "with an objective= of your own (docs/tasks.md), RobustMixup blends none."
         )
     if labels.ndim != 1:
+        column = labels.shape[1] == 1
+        fix = "squeeze them" if column else "pass labels.argmax(1) if one in each row is set"
         raise ValueError(
-            f"integer labels must have shape ({count},), got {tuple(labels.shape)}; squeeze them, "
-            "or pass rows as floats: labels.float()."
+            f"integer labels must have shape ({count},), got {tuple(labels.shape)}; {fix}, or rows "
+            "as floats: labels.float()."
         )
     return labels.long()
 
@@ -120,19 +123,27 @@ def soft_labels(
         exact = target.dtype == labels.dtype
         return target.float() if exact or rows == "labels" else _summing_to_one(target)
     if num_classes is None:
-        raise ValueError("class numbers need num_classes= to become probabilities.")
+        one = " Where one output says no or yes, pass labels.float()[:, None]." * (rows == "labels")
+        raise ValueError(f"class numbers need num_classes= to become probabilities.{one}")
     if values and count:
         low, high = (int(v) for v in target.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"the labels go from {low} to {high}, num_classes={num_classes} allows 0 to "
-                f"{num_classes - 1}."
+                f"{num_classes - 1}; if they are another item of the batch, say so by "
+                "labels_getter=."
             )
     hot: Tensor = F.one_hot(target, num_classes)
     return hot.float()
 
 
-def _are_probabilities(labels: Tensor) -> bool:
+def are_probabilities(labels: Tensor) -> bool:
+    """Whether all rows are chances of classes that exclude each other; costs a host sync.
+
+    Example:
+        >>> are_probabilities(torch.tensor([[0.25, 0.75]])), are_probabilities(torch.ones(1, 2))
+        (True, False)
+    """
     rows = labels.detach().float()
     return bool((rows >= 0).all() & _about_one(rows.sum(1)).all())
 
@@ -164,21 +175,29 @@ def check_logits(
         least: Outputs that there must be.
     """
     if logits.ndim != 2 or len(logits) != count or logits.shape[1] < least:
+        single = tuple(logits.shape) == (count, 1)
+        fix = (
+            'objective="bce" is for one output, no or yes'
+            if single
+            else "pass a callable objective for other outputs"
+        )
         raise ValueError(
             f"the model returned shape {tuple(logits.shape)} for {count} images; the built-in "
-            f"objectives need ({count}, classes): pass a callable objective for other outputs."
+            f"objectives need ({count}, classes): {fix}."
         )
     classes = logits.shape[1]
     if target is None:
         return
     if target.ndim == 2 and target.shape[1] != classes:
         raise ValueError(
-            f"the labels have {target.shape[1]} classes and the model {classes}; they must agree."
+            f"the labels have {target.shape[1]} classes and the model {classes}; they must agree"
+            + (": pass labels.float()[:, None] for one output." if classes == 1 else ".")
         )
     if target.ndim == 1 and values:
         low, high = (int(v) for v in target.aminmax())
         last = max(classes, 2) - 1  # one output tells no and yes
         if low < 0 or high > last:
             raise ValueError(
-                f"the labels go from {low} to {high}, the model knows the classes 0 to {last}."
+                f"the labels go from {low} to {high}, the model knows the classes 0 to {last}; if "
+                "they are another item of the batch, say so by labels_getter=."
             )

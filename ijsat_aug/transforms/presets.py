@@ -25,6 +25,11 @@ def find_preset(name: str) -> Mapping[str, Any]:
         >>> find_preset("accuracy")
         {'eps': 0, 'target': 'prediction'}
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f'the name of the preset comes first, as in preset("accuracy", model); got '
+            f"{type(name).__name__}."
+        )
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}: there are {', '.join(PRESETS)}.")
     return PRESETS[name]

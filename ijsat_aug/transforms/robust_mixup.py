@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -213,6 +214,13 @@ class RobustMixup(BatchTransform):
         if "attack" in options:
             raise ValueError("a preset brings its attack; RobustMixup(..., attack=) takes another.")
         ours = inspect.signature(RobustMixup.__init__).parameters
+        attacks = inspect.signature(JointSpaceAdv.__init__).parameters
+        for unknown in options.keys() - ours.keys() - attacks.keys():
+            close = difflib.get_close_matches(unknown, [*ours, *attacks], 1)
+            meant = f"; did you mean {close[0]!r}?" if close else "."
+            raise TypeError(
+                f"neither RobustMixup nor JointSpaceAdv has an option {unknown!r}{meant}"
+            )
         theirs = {n: v for n, v in options.items() if n in _BUILT_IN or n not in ours}
         options = {n: v for n, v in options.items() if n not in theirs}
         mode = options.get("model_mode", "eval")

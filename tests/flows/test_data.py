@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -150,6 +151,15 @@ def test_a_damaged_picture_is_named_and_hidden_files_are_none(
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:90])
     with pytest.raises(ValueError, match=r"1\.png cannot be read as a picture"):
         load_images(tmp_path)
+
+
+def test_what_cannot_be_downloaded_is_told(tmp_path: Path, monkeypatch) -> None:
+    def urlopen(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(ValueError, match=r"CIFAR10 is not in .* cannot be downloaded.*no network"):
+        load_images("CIFAR10", root=tmp_path)
 
 
 def test_sources_that_are_nothing(tmp_path: Path) -> None:

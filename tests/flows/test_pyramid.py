@@ -176,6 +176,8 @@ def test_the_attack_picks_a_pyramid_and_says_so_once(flow, photographs) -> None:
     adv = JointSpaceAdv(net, flow, generator=0)
     with pytest.warns(UserWarning, match="flow takes images of 8x8, the batch has 20x13"):
         one, _ = adv(x, y)
+    with pytest.warns(UserWarning, match="batch has 6x8: they are enlarged on the way"):
+        JointSpaceAdv(classifier((6, 8)), flow)(pictures(photographs, (6, 8)), y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adv(pictures(photographs, (16, 16)), y)  # another size, no other word

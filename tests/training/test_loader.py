@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import types
 import weakref
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -393,3 +395,35 @@ def test_an_epoch_that_is_told_while_it_runs_stays_what_it_was_told() -> None:
         if number == 0:
             loader.set_epoch(7)
     assert loader.epoch == 7
+
+
+def test_a_loader_without_an_end_is_told_its_epochs(data, network) -> None:
+    attack = JointSpaceAdv(network, eta=0)
+    endless = itertools.cycle(DataLoader(data, batch_size=8))
+    loader = AugmentedLoader(endless, attack, epochs=(2, 3))
+    attacked = []
+    for number, _ in enumerate(itertools.islice(loader, 8)):
+        attacked.append(bool(attack.last))
+        attack.last = {}
+        if number % 2:
+            loader.set_epoch(number // 2 + 1)
+    assert attacked == [False] * 4 + [True] * 2 + [False] * 2
+
+
+def test_an_epoch_that_is_told_beside_the_only_batch_stays_too() -> None:
+    loader = AugmentedLoader([torch.rand(2, 1, 4, 4)], lambda batch: batch)
+    for _ in loader:
+        loader.set_epoch(7)
+    assert loader.epoch == 7
+
+
+def test_a_reader_in_the_background_is_told_once(data, network) -> None:
+    """There it would attack the model in the middle of a training step."""
+    loader = AugmentedLoader(DataLoader(data, batch_size=8), JointSpaceAdv(network, eta=0))
+    with ThreadPoolExecutor(1) as background:
+        with pytest.warns(UserWarning, match="read in another thread than it was made in"):
+            batches = background.submit(list, loader).result()
+        assert len(batches) == len(loader)
+        background.submit(list, loader).result()
+        elsewhere = pickle.loads(pickle.dumps(AugmentedLoader([torch.ones(1)], torch.neg)))
+        background.submit(list, elsewhere).result()  # made in a thread that is not here

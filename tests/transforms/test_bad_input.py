@@ -72,9 +72,11 @@ def test_the_size_of_a_flow_in_the_functional_form(untouchable, flow) -> None:
     [
         (Y[:3], ValueError, r"4 images and labels of shape \(3,\)"),
         (Y[:, None], ValueError, "squeeze"),
-        (torch.eye(4).long(), ValueError, r"pass rows as floats: labels.float\(\)"),
+        (torch.eye(4).long(), ValueError, r"or rows as floats: labels.float\(\)"),
         (Y.float(), ValueError, r"probabilities of shape \(4, classes\).*labels.long"),
         (Y.bool(), TypeError, "torch.bool"),
+        (torch.eye(4).bool(), TypeError, r'torch.bool; objective="bce" takes several labels'),
+        (torch.eye(4).long(), ValueError, r"pass labels.argmax\(1\)"),
         (torch.zeros(4, 8, 8, dtype=torch.long), ValueError, r"shape \(4, 8, 8\) are none"),
         (torch.tensor(3), ValueError, r"labels of shape \(\)"),
         (
@@ -100,7 +102,7 @@ def test_labels(y, error, message, untouchable, flow) -> None:
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (Y + 7, "labels go from 7 to 10, the model knows the classes 0 to 9"),
+        (Y + 7, "labels go from 7 to 10, the model knows the classes 0 to 9; .*labels_getter="),
         (Y - 1, "labels go from -1 to 2"),
         (torch.full((4, 5), 0.2), "5 classes and the model 10"),
     ],
@@ -378,6 +380,12 @@ def test_what_cannot_be_is_refused_later_too(kind, name, value, message, network
     assert getattr(transform, name) == before
     with pytest.raises(ValueError, match="batches must not change their size"):
         RobustMixup(network, mode="append").p = 0.5
+
+
+def test_a_model_of_probabilities_is_told(network, digits, labels) -> None:
+    chances = nn.Sequential(network, nn.Softmax(1))
+    with pytest.warns(UserWarning, match="the softmax once more"):
+        JointSpaceAdv(chances, eta=0)(digits[:8], labels[:8])
 
 
 def test_a_batch_that_nobody_normalised_is_doubted(network, digits, labels) -> None:

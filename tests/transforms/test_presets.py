@@ -123,6 +123,10 @@ def test_the_second_half_of_a_training(net, digits, labels) -> None:
 
 
 def test_a_wrong_call_says_what_there_is(net) -> None:
+    with pytest.raises(TypeError, match=r"name of the preset comes first.* got Sequential"):
+        RobustMixup.preset(net, num_classes=10)
+    with pytest.raises(TypeError, match="has an option 'num_class'; did you mean 'num_classes'"):
+        RobustMixup.preset("accuracy", net, num_class=10)
     with pytest.raises(ValueError, match="no preset 'acuracy': there are accuracy, fast"):
         RobustMixup.preset("acuracy", net)
     with pytest.raises(ValueError, match="a preset brings its attack"):

@@ -194,8 +194,11 @@ def test_class_numbers_that_are_none(tagger) -> None:
     one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     with pytest.raises(ValueError, match="from 0 to 3, the model knows the classes 0 to 1"):
         JointSpaceAdv(one, eta=0, **BCE)(x, y)
-    with pytest.raises(ValueError, match=r"shape \(4, 1\).*pass a callable objective"):
+    with pytest.raises(ValueError, match=r'shape \(4, 1\).*objective="bce" is for one output'):
         JointSpaceAdv(one, eta=0)(x, y)
+    for count in (None, 2):
+        with pytest.raises(ValueError, match=r"pass labels\.float\(\)\[:, None\]"):
+            RobustMixup(one, num_classes=count, **BCE)(x, y % 2)
 
 
 def test_a_column_of_class_numbers_is_no_row(digits, labels) -> None:

@@ -89,9 +89,12 @@ def test_autocast_knows_three_precisions(dtype, network) -> None:
 
 def test_modes_come_back_where_the_model_fails(digits, labels) -> None:
     lazy = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LazyLinear(10)).train()
-    with pytest.raises(ValueError, match="Attempted to use an uninitialized parameter"):
-        JointSpaceAdv(lazy, eta=0)(digits[:6], labels[:6])
+    adv = JointSpaceAdv(lazy, eta=0)
+    with pytest.raises(ValueError, match="call it once with a batch, as the optimiser"):
+        adv(digits[:6], labels[:6])
     assert all(module.training for module in lazy.modules())
+    lazy(digits[:6])
+    assert adv(digits[:6], labels[:6])[0].shape == digits[:6].shape
 
 
 def test_a_copy_shares_no_attack(network, digits, labels) -> None:
