@@ -324,6 +324,7 @@ def test_a_training_is_held_against_the_one_it_stands_on() -> None:
         for row, r in rows.items()
     }
     found = told(reports)
+    assert found["right"]["PGD-AT"]["last"] == {"clean": "1111", "autoattack": "1000"}
     assert found["autoattack"]["PGD-AT + JSA"] == {"best": 100, "last": 50}
     (_, attacked, _), (_, alone, _) = (
         found["tables"][base][base + " + JSA"] for base in ("PGD-AT", "TRADES")

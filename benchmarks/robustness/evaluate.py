@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import record
 from benchmarks.real_data import cifar10
-from benchmarks.robustness.report_rows import numbers
+from benchmarks.robustness.report_rows import answers, numbers
 from ijsat_aug.demo import run as train_on_digits
 from ijsat_aug.evaluation import Report, to_markdown
 from ijsat_aug.evaluation.command import run as evaluate
@@ -144,6 +144,7 @@ def main() -> None:
         "seconds": {name: spent(report) for name, report in reports.items()},
         "models": {name: report.settings["model"] for name, report in reports.items()},
         "warnings": {name: list(report.warnings) for name, report in reports.items()},
+        "right": {name: answers(report) for name, report in reports.items()},
         "tables": {
             name: numbers(report, None if name == "plain" else first)
             for name, report in reports.items()

@@ -8,6 +8,12 @@ from ijsat_aug.evaluation import Report
 from ijsat_aug.evaluation.table import rows
 
 
+def answers(report: Report) -> dict[str, str]:
+    """Which images stay right under each threat, image by image: all else follows from it."""
+    threats = (one for one in report.results.values() if one.kind != "corruption")
+    return {one.name: one.correct for one in threats}
+
+
 def numbers(report: Report, against: Report | None = None) -> list[dict[str, Any]]:
     """Its table, and the changes against another network on the same images."""
     return [

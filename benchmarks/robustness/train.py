@@ -44,7 +44,7 @@ from benchmarks.graphs import Training, alone, finish, finished, side_by_side
 from benchmarks.harness import hardware, machines, record
 from benchmarks.networks import cifar_resnet18, small_resnet
 from benchmarks.real_data import cifar10
-from benchmarks.robustness.report_rows import numbers
+from benchmarks.robustness.report_rows import answers, numbers
 from benchmarks.robustness.withstand import attack_all, jobs, one_thread, reports
 from benchmarks.training import (
     LOW,
@@ -470,7 +470,7 @@ def told(reports: Reports) -> dict[str, Any]:
     The changes are those against the training of the same name without anything on top; where it
     is there, also against the one with the same share in L2 and without the latents.
     """
-    found: dict[str, Any] = {"tables": {}, "gentle": {}, "autoattack": {}}
+    found: dict[str, Any] = {"tables": {}, "gentle": {}, "autoattack": {}, "right": {}}
     for row, ours in reports.items():
         base = row.partition(L2)[0].removesuffix(" + JSA").removesuffix(" + IJSAT")
         pixels = row.replace(" + JSA", "")
@@ -478,6 +478,7 @@ def told(reports: Reports) -> dict[str, Any]:
             theirs = reports[other] if other in reports and other != row else {}
             for part, name in (("tables", "last"), ("gentle", "gentle")):
                 found[part].setdefault(other, {})[row] = table(ours[name], theirs.get(name))
+        found["right"][row] = {name: answers(report) for name, report in ours.items()}
         found["autoattack"][row] = {
             name: round(100 * ours[name].accuracy("autoattack"), 2)
             for name in ("last", "best")
