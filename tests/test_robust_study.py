@@ -208,7 +208,7 @@ def test_a_network_is_known_by_its_weights(made: torch.nn.Module) -> None:
 def test_the_example_is_trained_with_and_without_its_line(tmp_path: Path) -> None:
     plain, ours = script(with_line=False), script(with_line=True)
     assert "ijsat_aug" not in plain
-    assert "mix = RobustMixup(net, num_classes=classes, mean=MEAN, std=STD)" in ours
+    assert "mix = RobustMixup(net, num_classes=classes, amp_dtype=dtype, **NORMALIZE)" in ours
     for code in (plain, ours):
         flakes = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
         found = subprocess.run(flakes, input=code, text=True, capture_output=True, check=False)
