@@ -131,12 +131,12 @@ class AugmentedLoader(Generic[T]):
                 self._overhear()
             if self._told != told:  # meanwhile, as of a loader without an end
                 epoch, told = self.epoch, self._told
-            elif number == 1:  # a look at the first batch begins no epoch
+            elif number == 1 and self.epoch == epoch:  # a look at the first batch begins none
                 self.epoch = epoch + 1
             ready = [move(batch)]
             del batch  # nobody holds it while the model is trained
             yield from plan.shown(work, ready, epoch, number)
-        if number == 0 and self._told == told:
+        if number == 0 and self.epoch == epoch and self._told == told:
             self.epoch = epoch + 1
 
     def __len__(self) -> int:
