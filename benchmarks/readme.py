@@ -271,6 +271,26 @@ def few_table() -> str:
     return markdown(["", *labels, ">time"], body, note)
 
 
+def preset_table() -> str:
+    """What the preset is ahead with few labels, on both data, on two cores and on a GPU."""
+    head = ["data", ">labels", "on", "over mixup", "for the same time", f"over {_EACH}"]
+    rows = []
+    for title, name in (("CIFAR-10", "cifar10"), ("Fashion-MNIST", "fashion-mnist")):
+        results = {"two cores": load(f"lowdata-{name}"), "a GPU": load(f"lowdata-{name}-gpu")}
+        for labels in results["two cores"]["table"]:
+            for where, result in results.items():
+                row = result["table"][labels][_PRESET]
+                rivals = [rival.format(_PRESET) for rival in _RIVALS_OF_PRESET]
+                gains = [_interval(row.get(f"over {rival}"), "+") for rival in rivals]
+                rows.append([title, f"{int(labels):,}", where, *gains])
+    return markdown([*head, "for the same time"], rows)
+
+
+_RIVALS_OF_PRESET = (
+    "mixup", "mixup, for as long as {}", _EACH, f"{_EACH}, for as long as {{}}",
+)  # fmt: skip
+
+
 def _range(values: Sequence[float]) -> str:
     """The least and the largest."""
     ends = [f"{value:.1f}" for value in (min(values), max(values))] if values else []
@@ -491,7 +511,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "few": few_table,
         "flows": flows_table,
     },
-    "docs/methods.md": {},
+    "docs/methods.md": {"preset": preset_table},
     "docs/speed.md": {
         "attack": attack_table,
         "pyramid": pyramid_sentence,
