@@ -379,6 +379,7 @@ def test_a_picture_comes_before_what_has_a_usual_name(digits) -> None:
     assert take_apart((batch,), "default").images is batch["pixel_values"]
 
 
+@pytest.mark.skipif(not hasattr(tv_tensors, "KeyPoints"), reason="torchvision before 0.23")
 def test_keypoints_are_geometry() -> None:
     points = tv_tensors.KeyPoints(torch.zeros(1, 2), canvas_size=(8, 8))
     assert geometry_in([torch.zeros(1), points]) == ["KeyPoints"]
