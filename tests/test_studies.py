@@ -164,6 +164,19 @@ def test_a_study_goes_on_from_its_record_on_another_machine(
         study.run(LONG, 500, 0)
 
 
+def test_runs_with_another_flow_or_network_are_kept_apart(tmp_path: Path) -> None:
+    first = FineTuning(tmp_path, load_flow("digits"))
+    first.claim()
+    FineTuning(tmp_path, load_flow("digits")).claim()
+    for other in (
+        FineTuning(tmp_path, load_flow("fashion-mnist")),
+        FineTuning(tmp_path, load_flow("digits"), width=64),
+        FineTuning(tmp_path, load_flow("digits"), batch=256),
+    ):
+        with pytest.raises(SystemExit, match="give another --work"):
+            other.claim()
+
+
 def test_training_learns_and_both_ends_are_tested(
     task: Task, digits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

@@ -238,6 +238,20 @@ class Study:
         self.work, self.network, self.settings = work, network, settings
         self.flow, self.suffix = flow, suffix
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its record says of all runs."""
+        return {}
+
+    def claim(self) -> None:
+        """Refuse a folder whose runs had another network, flow or size of batches."""
+        path = self.work / "study.txt"
+        ours = json.dumps({"network": self.network, **self.facts})
+        theirs = path.read_text() if path.is_file() else ours
+        if theirs != ours:
+            raise SystemExit(f"{self.work} holds runs of {theirs}: give another --work.")
+        write_atomically(path, ours.encode())
+
     def start(self, run: Run) -> nn.Module:
         """The network that a run begins with; the random state after it is that of its seed."""
         raise NotImplementedError
@@ -303,6 +317,7 @@ class Study:
 
     def unpack(self, name: str) -> None:
         """Write the files of the runs of a record that are not there."""
+        self.claim()
         found = json.loads((RESULTS / f"{name}.json").read_text())
         usual = {key: found[key] for key in (*made(), "hardware") if key in found}
         for one in found["runs"]:

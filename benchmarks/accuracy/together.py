@@ -249,6 +249,7 @@ class Courses:
 
 def run_all(study: Study, rows: Sequence[str], options: argparse.Namespace) -> None:
     """Every row that is asked for, in every setting, with every seed."""
+    study.claim()
     rows = options.only or rows
     wanted = {str(setting): setting for setting in study.settings}
     settings = [wanted[name] for name in options.settings or wanted]
