@@ -26,7 +26,7 @@ from ..attack.friendly import ascend_friendly
 from ..attack.model import ModelHandle
 from ..flows.manifold import Manifold
 from .joint_picture import exact, linear
-from .labels import are_probabilities, check_logits
+from .labels import check_logits
 from .scale import Scale
 from .threat import Threat
 
@@ -213,12 +213,18 @@ def _checked(
         if unchecked:
             least = 1 if threat.rows == "labels" else 2
             check_logits(logits, len(image), known, values=careful, least=least)
-            if careful and least == 2 and are_probabilities(logits):
+            if careful and least == 2 and _are_of_softmax(logits):
                 warnings.warn(_SOFTMAX, stacklevel=2)
             unchecked = False
         return logits
 
     return call
+
+
+def _are_of_softmax(logits: Tensor) -> bool:
+    """Whether the rows are probabilities; of a single one that may be chance."""
+    sums = logits.detach().sum(1)
+    return len(logits) > 1 and bool((logits >= 0).all() & ((sums - 1).abs() < 1e-3).all())
 
 
 def _moved(images: Tensor, pixels: Tensor, found: Ascent, scale: Scale) -> Tensor:

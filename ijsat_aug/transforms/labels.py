@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attack.model import in_full
 
-__all__ = ["Rows", "are_probabilities", "as_target", "check_logits", "soft_labels"]
+__all__ = ["Rows", "as_target", "check_logits", "soft_labels"]
 
 # What rows hold: chances of classes that exclude each other, of labels that do not, or anything.
 Rows = Literal["classes", "labels", "any"]
@@ -70,7 +70,7 @@ def as_target(
                 f"classes), got {tuple(labels.shape)}; pass class numbers as integers: "
                 f"labels.long(){one}."
             )
-        if values and count and not are_probabilities(labels):
+        if values and count and not _are_probabilities(labels):
             raise ValueError(
                 f"floating labels must be probabilities: rows >= 0 that sum to 1; {others}"
             )
@@ -137,13 +137,7 @@ def soft_labels(
     return hot.float()
 
 
-def are_probabilities(labels: Tensor) -> bool:
-    """Whether all rows are chances of classes that exclude each other; costs a host sync.
-
-    Example:
-        >>> are_probabilities(torch.tensor([[0.25, 0.75]])), are_probabilities(torch.ones(1, 2))
-        (True, False)
-    """
+def _are_probabilities(labels: Tensor) -> bool:
     rows = labels.detach().float()
     return bool((rows >= 0).all() & _about_one(rows.sum(1)).all())
 
