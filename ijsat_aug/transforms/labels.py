@@ -84,8 +84,8 @@ def as_target(
         column = labels.shape[1] == 1
         fix = "squeeze them" if column else "pass labels.argmax(1) if one in each row is set"
         raise ValueError(
-            f"integer labels must have shape ({count},), got {tuple(labels.shape)}; {fix}, or rows "
-            "as floats: labels.float()."
+            f"integer labels must have shape ({count},), got {tuple(labels.shape)}; {fix}, or pass "
+            "rows as floats: labels.float()."
         )
     return labels.long()
 

@@ -72,7 +72,7 @@ def test_the_size_of_a_flow_in_the_functional_form(untouchable, flow) -> None:
     [
         (Y[:3], ValueError, r"4 images and labels of shape \(3,\)"),
         (Y[:, None], ValueError, "squeeze"),
-        (torch.eye(4).long(), ValueError, r"or rows as floats: labels.float\(\)"),
+        (torch.eye(4).long(), ValueError, r"pass rows as floats: labels.float\(\)"),
         (Y.float(), ValueError, r"probabilities of shape \(4, classes\).*labels.long"),
         (Y.bool(), TypeError, "torch.bool"),
         (torch.eye(4).bool(), TypeError, r'torch.bool; objective="bce" takes several labels'),
