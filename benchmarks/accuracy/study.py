@@ -323,7 +323,7 @@ class Study:
         for one in found["runs"]:
             path = self.file(Run(one["row"], one["row"], one["setting"], one["seed"]))
             if not path.is_file():
-                keep(path, usual | one)
+                keep(path, one | {key: usual[key] for key in usual.keys() - one.keys()})
 
     def result(self, seeds: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
         """All runs that are there, and what they say."""
