@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.accuracy.augmentations import EACH, MIXED
 from benchmarks.harness import spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,30 +240,26 @@ def shapes_table() -> str:
 
 def lowdata_table() -> str:
     """Accuracy with few labels, at equal steps and at equal time."""
-    rivals = {"mixup": "mixup", _EACH: _EACH, "mixup for as long": "mixup, for as long as {}"}
+    rivals = {"mixup": "mixup", EACH: EACH, "mixup for as long": "mixup, for as long as {}"}
     return _study(load("lowdata-cifar10"), ">labels", rivals)
-
-
-_EACH = "mixup, a weight an image"
-_PRESET = "mixup + latent step, second half"
 
 
 def few_table() -> str:
     """Accuracy with few labels in short: what the preset stands beside, and what it is ahead."""
     result = load("lowdata-cifar10")
     tables = result["table"].values()
-    longer = f"mixup, for as long as {_PRESET}"
+    longer = f"mixup, for as long as {MIXED}"
     names = {
-        "plain": "plain", "CutMix": "CutMix", "mixup": "mixup", _EACH: _EACH,
-        longer: "mixup, for as long as the preset", _PRESET: '**`preset("accuracy")`**',
+        "plain": "plain", "CutMix": "CutMix", "mixup": "mixup", EACH: EACH,
+        longer: "mixup, for as long as the preset", MIXED: '**`preset("accuracy")`**',
     }  # fmt: skip
     body = []
     for name, shown in names.items():
         cells = [_interval(table[name]["accuracy"]) for table in tables]
         times = [table[name]["time"] for table in tables if table[name]["time"]]
         body.append([shown, *cells, _range(times)])
-    for rival in ("mixup", _EACH, longer):
-        gains = [_interval(table[_PRESET][f"over {rival}"], "+") for table in tables]
+    for rival in ("mixup", EACH, longer):
+        gains = [_interval(table[MIXED][f"over {rival}"], "+") for table in tables]
         shorter = names[rival].removesuffix(" as the preset")
         body.append([f"the preset over {shorter}", *gains, ""])
     labels = [f">{int(count):,} labels" for count in result["table"]]
@@ -273,21 +270,21 @@ def few_table() -> str:
 
 def preset_table() -> str:
     """What the preset is ahead with few labels, on both data, on two cores and on a GPU."""
-    head = ["data", ">labels", "on", "over mixup", "for the same time", f"over {_EACH}"]
+    head = ["data", ">labels", "on", "over mixup", "for the same time", f"over {EACH}"]
     rows = []
     for title, name in (("CIFAR-10", "cifar10"), ("Fashion-MNIST", "fashion-mnist")):
         results = {"two cores": load(f"lowdata-{name}"), "a GPU": load(f"lowdata-{name}-gpu")}
         for labels in results["two cores"]["table"]:
             for where, result in results.items():
-                row = result["table"][labels][_PRESET]
-                rivals = [rival.format(_PRESET) for rival in _RIVALS_OF_PRESET]
+                row = result["table"][labels][MIXED]
+                rivals = [rival.format(MIXED) for rival in _RIVALS_OF_PRESET]
                 gains = [_interval(row.get(f"over {rival}"), "+") for rival in rivals]
                 rows.append([title, f"{int(labels):,}", where, *gains])
     return markdown([*head, "for the same time"], rows)
 
 
 _RIVALS_OF_PRESET = (
-    "mixup", "mixup, for as long as {}", _EACH, f"{_EACH}, for as long as {{}}",
+    "mixup", "mixup, for as long as {}", EACH, f"{EACH}, for as long as {{}}",
 )  # fmt: skip
 
 
@@ -300,16 +297,16 @@ def _range(values: Sequence[float]) -> str:
 def augmentations_table() -> str:
     """Accuracy with every augmentation and few labels, on a GPU."""
     rivals = {
-        "plain": "plain", "mixup": "mixup", _EACH: _EACH,
+        "plain": "plain", "mixup": "mixup", EACH: EACH,
         "mixup for as long": "mixup, for as long as {}",
-        f"{_EACH}, for as long": f"{_EACH}, for as long as {{}}",
+        f"{EACH}, for as long": f"{EACH}, for as long as {{}}",
     }  # fmt: skip
     return _study(load("lowdata-cifar10-gpu"), ">labels", rivals)
 
 
 def fashion_table(name: str) -> str:
     """Accuracy with few labels of Fashion-MNIST."""
-    each = {_EACH: _EACH} if name.endswith("gpu") else {}
+    each = {EACH: EACH} if name.endswith("gpu") else {}
     longer = {"mixup for as long": "mixup, for as long as {}"}
     return _study(load(name), ">labels", {"mixup": "mixup", **each, "CutMix": "CutMix", **longer})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -134,3 +135,17 @@ def labels() -> Tensor:
 def flow() -> FrozenGlow:
     """The shipped flow of the digits."""
     return load_flow("digits")
+
+
+@dataclass(frozen=True)
+class IdentityFlow:
+    """A manifold whose latents are the pixels."""
+
+    shape: tuple[int, int, int] = (1, 8, 8)
+    latent_dim: int = 64
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z.unflatten(1, self.shape)

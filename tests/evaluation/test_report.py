@@ -12,13 +12,7 @@ import torch
 from rich.console import Console
 from scipy.stats import binomtest
 
-from ijsat_aug.evaluation import (
-    Report,
-    Result,
-    to_html,
-    to_markdown,
-    to_table,
-)
+from ijsat_aug.evaluation import Report, Result, to_html, to_markdown, to_table
 from ijsat_aug.evaluation.pictures import from_png, to_png
 from ijsat_aug.evaluation.report import wilson
 from ijsat_aug.evaluation.table import rows

@@ -21,6 +21,7 @@ from ijsat_aug.flows.calibration import (
 from ijsat_aug.flows.data import load_images
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.probe import probe_network
+from tests.conftest import IdentityFlow
 
 ETAS = (0.01, 0.05, 0.2)
 
@@ -295,35 +296,21 @@ def test_half_a_level_beside_the_range_is_rounding(flow, digits) -> None:
 
 
 def test_more_than_half_a_level_beside_the_range_is_out_of_it() -> None:
-    class Itself:
-        shape, latent_dim = (1, 8, 8), 64
-
-        def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)
-
-        def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return z.reshape(-1, 1, 8, 8)
-
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     levels = (0.4 / 255, 0.6 / 255)
-    rows = calibrate(Itself(), torch.zeros(8, 1, 8, 8), network=network, etas=levels)["linf"]
+    rows = calibrate(IdentityFlow(), torch.zeros(8, 1, 8, 8), network=network, etas=levels)["linf"]
     inside, outside = (row["random"]["out_of_range"] for row in rows)
     assert inside == 0
     assert outside == pytest.approx(0.5, abs=0.1)
 
 
 def test_where_nothing_moves_the_worst_direction_is_the_random_one() -> None:
-    class Still:
-        shape, latent_dim = (1, 2, 2), 4
-
-        def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)
-
+    class Still(IdentityFlow):
         def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return 0 * z.reshape(-1, 1, 2, 2)
+            return 0 * super().decode(z)
 
     x = torch.rand(3, 1, 2, 2)
-    step = _worst_direction(Still(), 0)(x, x.flatten(1), "linf", 0.3)
+    step = _worst_direction(Still((1, 2, 2), 4), 0)(x, x.flatten(1), "linf", 0.3)
     assert torch.allclose(step.abs(), torch.full((3, 4), 0.3))
 
 

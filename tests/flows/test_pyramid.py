@@ -15,6 +15,7 @@ from ijsat_aug.attack.model import ModelHandle
 from ijsat_aug.flows import Decoder, Pyramid, Tiles
 from ijsat_aug.flows.pyramid import at_size
 from ijsat_aug.functional import joint_space_adv
+from tests.conftest import IdentityFlow
 
 SIZES = [(8, 8), (16, 16), (20, 13), (9, 31), (5, 7), (64, 48)]
 
@@ -72,16 +73,7 @@ def test_tiles_are_the_image(size, overlap, flow, photographs) -> None:
 
 
 def test_tiles_of_a_manifold_in_float64_are_as_exact() -> None:
-    class Itself:
-        shape, latent_dim = (1, 8, 8), 64
-
-        def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)
-
-        def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return z.reshape(-1, 1, 8, 8)
-
-    tiles = Tiles(Itself(), (20, 13))
+    tiles = Tiles(IdentityFlow(), (20, 13))
     for dtype, error in ((torch.float32, 1e-6), (torch.float64, 1e-14), (torch.float32, 1e-6)):
         x = torch.rand(2, 1, 20, 13, dtype=dtype)
         decoded = tiles.decode(tiles.encode(x))
@@ -321,16 +313,7 @@ def test_halves_are_resampled_on_a_cpu_too(dtype: torch.dtype, flow) -> None:
 
 
 def test_pyramids_of_a_manifold_in_float64_are_as_exact() -> None:
-    class Itself:
-        shape, latent_dim = (1, 8, 8), 64
-
-        def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)
-
-        def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return z.reshape(-1, 1, 8, 8)
-
-    pyramid = Pyramid(Itself(), (20, 13))
+    pyramid = Pyramid(IdentityFlow(), (20, 13))
     x = torch.rand(2, 1, 20, 13, dtype=torch.float64)
     low = F.interpolate(x, (8, 8), mode="bilinear", antialias=True)
     assert torch.allclose(pyramid.encode(x), low.flatten(1), rtol=0, atol=1e-14)

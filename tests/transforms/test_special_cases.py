@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ijsat_aug import JointSpaceAdv
 from ijsat_aug.attack import unit_ball
 from ijsat_aug.transforms.functional import joint_space_adv
+from tests.conftest import IdentityFlow
 
 
 class NoFlow:
@@ -173,18 +174,6 @@ def test_with_a_linear_flow_the_ellipsoid_is_reached(norms, method) -> None:
     gain = eps * dual[norm](w) + eta * dual[latent_norm](a.T @ w.flatten())
     reached = ((out - x) * w).flatten(1).sum(1)
     assert torch.allclose(reached, gain.expand(6), rtol=1e-6)
-
-
-@dataclass(frozen=True)
-class IdentityFlow:
-    shape: tuple[int, int, int] = (1, 8, 8)
-    latent_dim: int = 64
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return z.unflatten(1, self.shape)
 
 
 def test_with_the_identity_as_flow_it_is_the_sum_of_two_pixel_balls(digits) -> None:
