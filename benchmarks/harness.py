@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,13 @@ def environment() -> dict[str, Any]:
 def made() -> dict[str, str]:
     """Of what, when and with what something is made."""
     return {
-        "commit": _commit(),
+        "commit": _COMMIT,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-@cache
 def _commit() -> str:
     """What git says; a copy of the tree without its history is told IJSAT_COMMIT instead."""
     if told := os.environ.get("IJSAT_COMMIT"):
@@ -145,6 +143,9 @@ def _git(*words: str) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # there is no git
         return ""
+
+
+_COMMIT = _commit()  # of what runs, not of what is there by the time that it has run
 
 
 def hardware() -> str:

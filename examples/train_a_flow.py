@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default="digits")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("runs/flow"))
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--resume", action="store_true", help="go on where it was stopped")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
@@ -34,7 +35,7 @@ def main() -> None:
     else:
         images, test = load_images(options.source, size=32), None
         config = GlowConfig(shape=(images.images.shape[1], 32, 32))
-        recipe = Recipe(minutes=options.minutes, lr=3e-3, flip=True, precision="bf16")
+        recipe = Recipe(minutes=options.minutes, lr=3e-3, flip=True, precision=options.precision)
 
     folder = train_flow(
         images, config, options.out, recipe, test=test, resume=options.resume,

@@ -304,7 +304,7 @@ def train_flow(
     class_conditional: Annotated[
         bool, typer.Option("--class-conditional", help="One base density per class.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per step, over all processes.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.adamax,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,

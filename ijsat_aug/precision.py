@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "is_emulated", "warn_if_emulated"]
+__all__ = ["exact", "full_precision", "is_emulated", "warn_if_emulated"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -23,6 +24,43 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """No TF32 in convolutions either, by which a flow would round trip to a level.
+
+    Example:
+        >>> with torch.autocast("cpu"), exact(torch.device("cpu")):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    with full_precision(device), _without_tf32() if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in float32; every other flag as it is."""
+    cudnn = torch.backends.cudnn
+    conv: Any = getattr(cudnn, "conv", None)
+    if conv is None:  # torch < 2.9
+        flags: Any = cudnn.flags
+        with flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+        return
+    # Not by cudnn.flags: it raises where the user has set convolutions alone.
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .attack.model import ModelHandle
 from .flows.checkpoint import load_flow
-from .flows.data import ImageData, load_images
+from .flows.data import ImageData, is_folder, load_images
 from .flows.files import check_target
 from .flows.probe import probe_network, several
 from .gallery import check_png, draw, gallery
@@ -58,7 +59,9 @@ def run(
     manifold = None if flow is None else load_flow(flow)
     if size is None and manifold is not None and manifold.shape[1] == manifold.shape[2]:
         size = manifold.shape[1]
-    data = load_images(source, size=size)
+    some = partial(_some, rows=rows, seed=seed)
+    few = some if model is not None and is_folder(source) else None  # a network learns from all
+    data = load_images(source, size=size, pick=few)
     if manifold is not None:
         check_channels(manifold, data.images)
     latent = 0 if manifold is None else eta
@@ -72,11 +75,11 @@ def run(
         network = probe_network(data.pixels, data.labels)
     else:
         network = load_model(model, weights)
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
-    index = order[:rows].sort().values
-    x = data.take(index).pixels
-    labels = _labels(data, network, Scale.of(mean, std).to_model(x[:1]))
-    labels = None if labels is None else labels[index]
+    known = _classes(data)
+    data = data if few is not None else data.take(some(len(data.images)))
+    x = data.pixels
+    told = _outputs(network, Scale.of(mean, std).to_model(x[:1]))
+    labels = data.labels if known == told else None
     columns = gallery(
         network, x, labels, manifold, eps=eps, eta=eta, steps=steps, mean=mean, std=std
     )
@@ -86,11 +89,22 @@ def run(
         draw(columns, out, data.classes)
 
 
+def _some(count: int, rows: int, seed: int) -> Tensor:
+    """The places of so many at random, in order."""
+    chance = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(count, generator=chance, device="cpu")[:rows].sort().values
+
+
+def _classes(data: ImageData) -> int | None:
+    """How many there are, also where few images were read."""
+    if data.labels is None:
+        return None
+    return int(data.labels.max()) + 1 if data.classes is None else len(data.classes)
+
+
 @torch.no_grad()
-def _labels(data: ImageData, network: nn.Module, batch: Tensor) -> Tensor | None:
-    """The images' own labels, if the model has as many classes."""
+def _outputs(network: nn.Module, batch: Tensor) -> int:
+    """How many classes a model tells apart."""
     handle = ModelHandle(network)
     with handle.frozen(batch.device, None):
-        classes = first_logits(handle, batch).shape[1]
-    same = data.labels is not None and int(data.labels.max()) + 1 == classes
-    return data.labels if same else None
+        return first_logits(handle, batch).shape[1]

@@ -94,6 +94,12 @@ def test_show_draws_the_users_images_model_and_flow(tmp_path: Path) -> None:
     result = run(*arguments, "--size", 12, "--out", out)
     assert result.exit_code == 1
     assert "the model does not take images of 1x12x12" in " ".join(result.output.split())
+    whole = tmp_path / "images" / "black" / "0.png"
+    bytes_of_it = whole.read_bytes()
+    whole.write_bytes(b"")  # not among the two that are drawn and read
+    result = run(*arguments, "--size", 8, "--rows", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    whole.write_bytes(bytes_of_it)
     for source in (tmp_path / "images", tmp_path / "images" / "black"):  # two classes, none
         result = run("show", source, "--size", 16, "--rows", 2, "--out", out)
         assert result.exit_code == 0, result.output

@@ -48,7 +48,7 @@ def auto_attack(
     _imported()
 
     def attack(victim: Victim, x: Tensor, y: Tensor, draws: Draws) -> Found:
-        seed = int(draws.uniform((len(x), 1))[0, 0].double() * 2**24) if len(x) else 0
+        seed = int(float(draws.uniform((len(x), 1))[0, 0]) * 2**24) if len(x) else 0
         x, found = x.contiguous(), x.clone()
         standing, right = torch.ones_like(y, dtype=torch.bool), {}
         cuda = [x.device] if x.is_cuda else []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..flows.checkpoint import load_flow
-from ..flows.data import ImageData, load_images, outside_classes
+from ..flows.data import ImageData, evenly_spaced, is_folder, load_images, outside_classes
 from ..flows.files import check_target, write_atomically
 from ..models import load_model
 from .corruptions.files import CorruptionFiles
@@ -71,7 +72,8 @@ def run(
     before = None if against is None else Report.load(against)
     manifold = None if flow is None else load_flow(flow)
     network = load_model(model, weights)
-    data = load_images(source, size=size, root=root, train=False)
+    few = None if limit is None or not is_folder(source) else partial(evenly_spaced, count=limit)
+    data = load_images(source, size=size, root=root, train=False, pick=few)
     theirs = corruption_files is not None and CorruptionFiles(corruption_files).foreign
     data = _some(data, limit, first=theirs)
     if data.labels is None:
@@ -120,7 +122,7 @@ def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
         return data
     by_class = data.labels is not None and bool((data.labels.diff() >= 0).all())
     if data.classes is None and (first or not by_class):
-        return data.take(torch.arange(limit))
+        return data.first(limit)
     return data.spaced(limit)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -112,7 +113,7 @@ def evaluate(
             f"corruptions are made of images of 1 or 3 channels, these have {x.shape[1]}: leave "
             "them out with corruptions=()."
         )
-    with victim.frozen():
+    with victim.frozen(), _seeded(seed, victim.device):
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     if logits.shape[1:] == (1,):
         raise ValueError(
@@ -434,6 +435,17 @@ def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:
             if correct[place] == right:
                 found.setdefault(label, place)
     return tuple(found[label] for label in sorted(found))[:_SHOWN]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A model that draws random numbers draws the same ones again: by its answer it is known."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _weights(flow: object) -> object:

@@ -150,7 +150,7 @@ def make_threat(
     info = SPACES[name]
     budget, steps = budget if budget is not None else info.usual(shape), steps or info.steps
     # Whether it can be made of such images shows now, not after the threats before it.
-    info.space(torch.zeros(1, *shape), budget, steps, Draws(0, name, [0]).uniform)
+    info.space(torch.zeros(1, *shape, device="cpu"), budget, steps, Draws(0, name, [0]).uniform)
     attack = unseen(info.space, budget, steps)
     return Threat(name, info.title, "unseen", f"{budget:g}", steps, info.reference, attack)
 

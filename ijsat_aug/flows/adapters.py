@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..precision import full_precision
+from ..precision import exact
 
 __all__ = ["Decoder", "NormflowsManifold"]
 
@@ -181,7 +181,7 @@ class NormflowsManifold(_Adapter):
         if context is not None and len(context) != count:
             raise ValueError(f"{count} images and {len(context)} contexts do not go together.")
         device = (value[0] if isinstance(value, list) else value).device
-        with full_precision(device):  # whose rounding no inverse would undo
+        with exact(device):  # whose rounding no inverse would undo
             return (method(value) if context is None else method(value, context))[0]
 
     def _shaped(self, z: Tensor) -> Any:

@@ -7,6 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ class ImageData:
         )
         return self.take(order[test:]), self.take(order[:test])
 
-    def take(self, index: Tensor) -> ImageData:
+    def first(self, count: int) -> ImageData:
+        """So many of them at most."""
+        return self.take(slice(count))
+
+    def take(self, index: Tensor | slice) -> ImageData:
         """The images (and labels) at an index."""
         labels = None if self.labels is None else self.labels[index]
         return replace(self, images=self.images[index], labels=labels)
@@ -67,7 +72,7 @@ def evenly_spaced(whole: int, count: int) -> Tensor:
         >>> evenly_spaced(9, 3), evenly_spaced(2, 5)
         (tensor([0, 4, 8]), tensor([0, 1]))
     """
-    return torch.linspace(0, whole - 1, min(count, whole)).round().long()
+    return torch.linspace(0, whole - 1, min(count, whole), device="cpu").round().long()
 
 
 def load_images(
@@ -76,6 +81,7 @@ def load_images(
     size: int | None = None,
     root: str | Path | None = None,
     train: bool = True,
+    pick: Callable[[int], Tensor] | None = None,
 ) -> ImageData:
     """Load images for the flow trainer.
 
@@ -86,6 +92,8 @@ def load_images(
         size: Resize the shorter side and crop the centre; needed for a folder of mixed sizes.
         root: Where the torchvision dataset lies; it is downloaded there when it is missing.
         train: The training split of a torchvision dataset, or of the digits (1500 of 1797).
+        pick: From how many pictures a folder holds to the places of those that are read, as there
+            may be more than fit into memory; not for other sources.
 
     Example:
         >>> digits = load_images("digits")
@@ -93,10 +101,12 @@ def load_images(
         (torch.Size([1500, 1, 8, 8]), 17)
     """
     path = Path(source).expanduser()
-    if source == "digits":  # a folder of that name is "./digits"
+    if pick is not None and not is_folder(source):
+        raise ValueError(f"pick is for folders of pictures, and {source} is none.")
+    if is_folder(source):
+        data = _from_folder(path, size, pick)
+    elif source == "digits":
         data = _digits(train)
-    elif path.is_dir():
-        data = _from_folder(path, size)
     elif path.suffix in {".npy", ".npz"}:
         data = _from_array(path)
     else:
@@ -106,6 +116,16 @@ def load_images(
     if len(data.images) == 0:
         raise ValueError(f"{source} holds no images.")
     return data
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether it names a folder; one that is called digits is "./digits".
+
+    Example:
+        >>> is_folder("."), is_folder("digits")
+        (True, False)
+    """
+    return source != "digits" and Path(source).expanduser().is_dir()
 
 
 def _digits(train: bool) -> ImageData:
@@ -134,7 +154,7 @@ def _from_array(path: Path) -> ImageData:
             "save arrays of numbers."
         ) from None
     if images is None:
-        raise ValueError(f"{path} holds no array; save the images under the name 'images'.")
+        raise ValueError(f"{path} holds no array 'images': save them under that name.")
     labels = None
     if found is not None:
         if found.dtype.kind not in "iub":
@@ -153,7 +173,8 @@ def _arrays(path: Path) -> tuple[Any, Any]:
     if isinstance(loaded, np.ndarray):
         return loaded, None
     with loaded:
-        wanted = (("images", "x", "data", *loaded.files), ("labels", "y", "targets"))
+        alone = loaded.files if len(loaded.files) == 1 else ()  # of several, who knows which
+        wanted = (("images", "x", "data", *alone), ("labels", "y", "targets"))
         names = (next((n for n in one if n in loaded.files), None) for one in wanted)
         images, labels = (None if name is None else loaded[name] for name in names)
     return images, labels
@@ -201,16 +222,27 @@ def outside_classes(source: str | Path) -> Path | None:
         True
     """
     folder = Path(source).expanduser()
-    found = _pictures_in(folder) if folder.is_dir() else []
+    found = _pictures_in(folder) if is_folder(source) else []
     return next((f for f in found if f.parent == folder), None)
 
 
-def _from_folder(folder: Path, size: int | None) -> ImageData:
+def _from_folder(folder: Path, size: int | None, pick: Callable[[int], Tensor] | None) -> ImageData:
     from PIL import Image
 
     files = _pictures_in(folder)
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}).")
+
+    classes = None
+    names = [f.relative_to(folder).parts[0] for f in files if f.parent != folder]
+    labels = None
+    if len(names) == len(files):
+        classes = tuple(sorted(set(names)))
+        labels = torch.tensor([classes.index(name) for name in names], device="cpu")
+    if pick is not None:
+        places = pick(len(files))
+        files = [files[i] for i in places.tolist()]
+        labels = None if labels is None else labels[places]
 
     def pictures() -> Iterator[tuple[Any, Path]]:
         for file in files:
@@ -223,21 +255,12 @@ def _from_folder(folder: Path, size: int | None) -> ImageData:
                 ) from error
             yield picture, file
 
-    images = _stack(pictures(), size, folder)
-    classes = None
-    names = [f.relative_to(folder).parts[0] for f in files if f.parent != folder]
-    labels = None
-    if len(names) == len(files):
-        classes = tuple(sorted(set(names)))
-        labels = torch.tensor([classes.index(name) for name in names])
-    return ImageData(images, labels, 256, folder.name, classes)
+    return ImageData(_stack(pictures(), size, folder), labels, 256, folder.name, classes)
 
 
 def _from_torchvision(
     name: str, root: str | Path | None, train: bool, size: int | None
 ) -> ImageData:
-    from urllib.error import URLError
-
     from torchvision import datasets
 
     kind: Callable[..., Any] | None = getattr(datasets, name, None)
@@ -253,15 +276,19 @@ def _from_torchvision(
             f"say where torchvision's {name} lies or may be downloaded to: root=..., or --root."
         )
     known = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"download": True} if "download" in known else {}
+    # Of those with **kwargs some hand it on.
+    whole = [kind, *kind.__mro__] if "kwargs" in known else [kind]
+    loads = any("download" in inspect.signature(each).parameters for each in whole)
+    options: dict[str, Any] = {"download": True} if loads else {}
     if "train" in known:
         options["train"] = train
     elif "split" not in known and not train:
         raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
     by_split = "split" in known and "train" not in known
     try:
-        dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
-    except URLError as error:
+        with _one_at_a_time(Path(root).expanduser()):
+            dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{name} is not in {root}, and cannot be downloaded: {error}.") from error
     targets: list[Any] = []
 
@@ -272,8 +299,25 @@ def _from_torchvision(
             yield picture, f"number {i} of {name}"
 
     images = _stack(pictures(), size, name)
-    labels = torch.tensor(targets) if all(isinstance(t, int) for t in targets) else None
+    whole = all(isinstance(target, int) for target in targets)
+    labels = torch.tensor(targets, device="cpu") if whole else None
     return ImageData(images, labels, 256, f"torchvision {name}")
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Processes that were launched together would download to the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from filelock import FileLock
+
+    root.mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):  # nor is anything downloaded there
+        yield
+        return
+    with FileLock(root / ".ijsat-aug.lock"):
+        yield
 
 
 def _split(

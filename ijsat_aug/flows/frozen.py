@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import full_precision
+from ..precision import exact
 from .blocks import Block, Conv, Kept, Mix, block_vjp, decode_block, encode_block
 from .glow import GlowConfig, from_unit, to_unit
 
@@ -119,7 +118,7 @@ class FrozenGlow:
             >>> flow.encode(torch.zeros(3, 1, 8, 8)).shape
             torch.Size([3, 64])
         """
-        with torch.no_grad(), _exactly(x):
+        with torch.no_grad(), exact(x.device):
             return self._encode(self._image(x), None)[0]
 
     def encode_with_tape(self, x: Tensor) -> tuple[Tensor, Tape]:
@@ -133,7 +132,7 @@ class FrozenGlow:
             torch.Size([2, 64])
         """
         kept: list[Kept] = []
-        with torch.no_grad(), _exactly(x):
+        with torch.no_grad(), exact(x.device):
             z, squashed = self._encode(self._image(x), kept)
             return z, Tape(tuple(reversed(kept)), squashed)
 
@@ -148,7 +147,7 @@ class FrozenGlow:
             >>> z.grad.shape
             torch.Size([1, 64])
         """
-        with _exactly(z):
+        with exact(z.device):
             z = self._latent(z)
             if torch.is_grad_enabled() and z.requires_grad:
                 image: Tensor = _Decode.apply(z, self)
@@ -167,7 +166,7 @@ class FrozenGlow:
             torch.Size([1, 64])
         """
         kept: list[Kept] = []
-        with torch.no_grad(), _exactly(z):
+        with torch.no_grad(), exact(z.device):
             x, squashed = self._decode(self._latent(z), kept)
             return x, Tape(tuple(kept), squashed)
 
@@ -186,7 +185,7 @@ class FrozenGlow:
                 f"the gradient has shape {tuple(g.shape)}, the tape was recorded for "
                 f"{(len(tape), *self.shape)}."
             )
-        with torch.no_grad(), _exactly(g):
+        with torch.no_grad(), exact(g.device):
             h = self._to_domain_vjp(g.to(self.dtype), tape.squashed)
             blocks = iter(reversed(tape.blocks))
             parts: list[Tensor] = []
@@ -424,41 +423,10 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         flow: FrozenGlow = ctx.flow
         if flow.memory == "low":
-            with _exactly(g):
+            with exact(g.device):
                 (h,) = ctx.saved_tensors
                 return flow._vjp_by_inversion(h, g), None
         return flow.vjp(Tape.from_tensors(ctx.saved_tensors), g), None
-
-
-@contextmanager
-def _exactly(tensor: Tensor) -> Iterator[None]:
-    """No autocast and no TF32."""
-    with full_precision(tensor.device), _without_tf32() if tensor.is_cuda else nullcontext():
-        yield
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Convolutions of float32 in float32; every other flag as it is."""
-    cudnn = torch.backends.cudnn
-    conv: Any = getattr(cudnn, "conv", None)
-    if conv is None:  # torch < 2.9
-        flags: Any = cudnn.flags
-        with flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            yield
-        return
-    # Not by cudnn.flags: it raises where the user has set convolutions alone.
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
 
 
 def _unshuffle(h: Tensor, times: int) -> Tensor:

@@ -77,8 +77,8 @@ def publish(
         | ({"test": len(test.images)} if test is not None else {}),
         "round_trip": {k: float(f"{v:.3g}") for k, v in round_trip(flow, images).items()},
     }
-    count = min(_as_memory_allows(_NETWORK_IMAGES, config), len(train.images))
-    seen = train.take(torch.arange(count))
+    count = _as_memory_allows(_NETWORK_IMAGES, config)
+    seen = train.first(count)
     labels, asked = _numbered(seen.labels, shown.labels)
     if labels is None or asked is None:
         asked = as_they_are(shown.images)
@@ -111,7 +111,7 @@ def evaluate(model: nn.Module, config: GlowConfig, data: ImageData, seed: int = 
     generator = torch.Generator(device).manual_seed(seed)
     total, batch_size = 0.0, _as_memory_allows(256, config)
     for start in range(0, len(data.images), batch_size):
-        part = data.take(torch.arange(start, min(start + batch_size, len(data.images))))
+        part = data.take(slice(start, start + batch_size))
         u = dequantize(part.images.to(device), config.bins, generator)
         labels = None if part.labels is None else part.labels.to(device)
         total += float(bits_per_dim(model(u, labels), config).sum())

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,12 @@ def train_flow(
     out = Path(out).expanduser()
     _check(data, config, test)
     _check_place(out, resume, overwrite)
-    with _accelerator(out, recipe) as accelerator, torch.inference_mode(False), torch.enable_grad():
+    with (
+        _accelerator(out, recipe) as accelerator,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _no_default_device(),
+    ):
         run = _Run(data, config, out, recipe, accelerator, resume)
         with Display(recipe.batch_size, accelerator.is_main_process and not quiet) as display:
             run.train(display)
@@ -97,6 +102,12 @@ def train_flow(
             )  # fmt: skip
         accelerator.wait_for_everyone()  # the checkpoint is there when any process returns
     return out
+
+
+def _no_default_device() -> AbstractContextManager[Any]:
+    """A training says where its tensors are; those that normflows makes begin on the CPU."""
+    there = torch.get_default_device().type
+    return nullcontext() if there == "cpu" else torch.device("cpu")  # which costs time
 
 
 @contextmanager
@@ -243,6 +254,13 @@ class _Run:
         if data.labels is not None:
             data = dataclasses.replace(data, labels=data.labels.long())
         self.train_data, self.held_out = data.split(max(recipe.held_out, enough), recipe.seed)
+        processes = accelerator.num_processes
+        if min(recipe.batch_size, self._count) < processes:
+            raise ValueError(
+                f"{processes} processes share a step of {min(recipe.batch_size, self._count)} "
+                "images: some would get none; take a larger batch_size (--batch-size counts those "
+                "of all), or fewer processes."
+            )
         self.progress = Progress()
         self.state_file = out / TRAINING
         with torch.random.fork_rng(devices=[]):
@@ -309,7 +327,7 @@ class _Run:
 
     def _initialise(self, model: nn.Module) -> None:
         """ActNorm takes its scales from the first batch that it sees."""
-        first = self.train_data.take(torch.arange(min(self.recipe.init_images, self._count)))
+        first = self.train_data.first(self.recipe.init_images)
         _, height, width = self.config.latent_shapes[0]
         if len(first.images) * height * width < 2:
             raise ValueError(
@@ -337,7 +355,7 @@ class _Run:
         while True:
             epoch, position = divmod(self.progress.step, per_epoch)
             shuffler = _generator("cpu", recipe.seed, epoch)
-            order = torch.randperm(self._count, generator=shuffler)
+            order = torch.randperm(self._count, generator=shuffler, device="cpu")
             for i in range(position, per_epoch):
                 index = order[i * size : (i + 1) * size][self.accelerator.process_index :: world]
                 batch, noise = images[index.to(self.device)], self._noise()

@@ -110,6 +110,7 @@ def test_a_folder_of_images_and_a_torchvision_model(tmp_path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
             Image.fromarray(noise).save(path)
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"")  # the second of twelve is not read
     result = run(
         tmp_path / "images", "--model", "resnet18", "--weights", tmp_path / "checkpoint.pth",
         "--size", 36, "--limit", 6, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",

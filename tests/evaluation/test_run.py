@@ -208,6 +208,28 @@ def test_an_interrupted_evaluation_goes_on(net, digits, labels, tmp_path) -> Non
     assert len(fewer.results["fog"].correct) == 40
 
 
+def test_an_evaluation_of_a_random_model_goes_on(net, digits, labels, tmp_path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return net(x) + 5 * torch.randn(10)
+
+    options = {"threats": ["linf@1"], "corruptions": [], "folder": tmp_path / "state"}
+    before = torch.get_rng_state()
+    once = evaluate(Noisy(), digits[:20], labels[:20], **options)
+    assert not torch.equal(torch.get_rng_state(), before)  # its noise is not always the same
+    again = evaluate(Noisy(), digits[:20], labels[:20], **options)
+    assert shorter(again) == shorter(once)
+
+
+def test_a_default_device_does_not_matter(net, digits, labels) -> None:
+    threats = ["linf@1", "jsa@1", *(f"{name}@1" for name in GROUPS["unseen"])]
+    options = {"threats": threats, "corruptions": ["fog"], "flow": "digits"}
+    once = evaluate(net, digits[:8], labels[:8], **options)
+    with torch.device("meta"):  # where no tensor has values: nothing may be made there
+        again = evaluate(net, digits[:8], labels[:8], **options)
+    assert shorter(again) == shorter(once)
+
+
 def test_another_flow_of_the_same_shape_is_another_evaluation(net, digits, labels, flow, tmp_path):
     options = {"threats": ["om@1"], "corruptions": [], "folder": tmp_path / "state"}
     evaluate(net, digits[:20], labels[:20], flow=flow, **options)

@@ -8,6 +8,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from ijsat_aug.flows.data import load_images
@@ -119,6 +120,9 @@ def test_archives_that_do_not_fit(tmp_path: Path, pictures: np.ndarray) -> None:
     np.savez(tmp_path / "x.npz", images=pictures, labels=np.arange(5))
     with pytest.raises(ValueError, match="6 images but 5 labels"):
         load_images(tmp_path / "x.npz")
+    np.savez(tmp_path / "two.npz", train_images=pictures, test_images=pictures[:2])
+    with pytest.raises(ValueError, match="holds no array 'images'"):
+        load_images(tmp_path / "two.npz")
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(ValueError, match="holds no array"):
         load_images(tmp_path / "empty.npz")
@@ -158,8 +162,9 @@ def test_what_cannot_be_downloaded_is_told(tmp_path: Path, monkeypatch) -> None:
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    with pytest.raises(ValueError, match=r"CIFAR10 is not in .* cannot be downloaded.*no network"):
-        load_images("CIFAR10", root=tmp_path)
+    for name in ("CIFAR10", "FashionMNIST", "QMNIST"):  # each fails in another way
+        with pytest.raises(ValueError, match=f"{name} is not in .* cannot be downloaded"):
+            load_images(name, root=tmp_path)
 
 
 def test_sources_that_are_nothing(tmp_path: Path) -> None:
@@ -232,6 +237,44 @@ def test_splits_have_several_names(known, train, taken, tmp_path, monkeypatch) -
             load_images("Odd", root=tmp_path, train=train)
     else:
         assert (load_images("Odd", root=tmp_path, train=train).images == 100).all()
+
+
+def test_processes_that_were_launched_together_download_one_after_the_other(
+    tmp_path, monkeypatch
+) -> None:
+    class Odd:
+        def __init__(self, root, download: bool) -> None:
+            assert download
+            with pytest.raises(Timeout), FileLock(root / ".ijsat-aug.lock", timeout=0):
+                pass
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int):
+            return Image.new("L", (8, 8)), index
+
+    monkeypatch.setattr("torchvision.datasets.Odd", Odd, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    root = tmp_path / "new"
+    assert len(load_images("Odd", root=root).images) == 2
+    with FileLock(root / ".ijsat-aug.lock", timeout=0):  # it is free again
+        pass
+
+
+def test_of_a_folder_no_more_pictures_are_read_than_picked(tmp_path: Path, pictures) -> None:
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).mkdir()
+        for i in range(3):
+            file = tmp_path / kind / f"{i}.png"
+            Image.fromarray(pictures[i]).save(file) if i == 1 else file.write_bytes(b"")
+    data = load_images(tmp_path, pick=lambda count: torch.tensor([1, count - 2]))
+    assert len(data.images) == 2
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1]
+    assert data.classes == ("cat", "dog")
+    with pytest.raises(ValueError, match="pick is for folders"):
+        load_images("digits", pick=lambda count: torch.arange(count))
 
 
 def test_a_single_picture_is_no_data_set(tmp_path) -> None:

@@ -403,7 +403,7 @@ def test_a_gradient_of_another_batch_is_refused() -> None:
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_tf32_is_off_inside_and_as_before_outside(precision: str) -> None:
     """Also where the user has set convolutions alone, which torch's own context refuses."""
-    from ijsat_aug.flows.frozen import _without_tf32
+    from ijsat_aug.precision import _without_tf32
 
     cudnn: Any = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):

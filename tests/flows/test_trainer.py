@@ -414,6 +414,12 @@ def test_two_processes_train_one_flow(tmp_path: Path) -> None:
         "short = Recipe(epochs=0.1, batch_size=128)\n"
         "train_flow(load_images('digits'), config, sys.argv[1] + '2', short, quiet=True)\n"
         "assert runs[1][1] == 2\n"
+        "try:\n"
+        "    train_flow(load_images('digits'), config, sys.argv[1] + '3', Recipe(batch_size=1))\n"
+        "except ValueError as error:\n"
+        "    assert '2 processes share a step of 1 images' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError\n"
         "line = f'{rank} {world} {run.progress.step} {digest.hexdigest()}'\n"
         "pathlib.Path(sys.argv[2], f'rank{rank}').write_text(line)\n"
     )

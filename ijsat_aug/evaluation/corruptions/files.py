@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,17 @@ class CorruptionFiles:
                 notes["frost_images"] = None if frost_images is None else _digest(frost_images)
             self._note(notes)
             if not self._path("labels").exists():
-                with _whole(self._path("labels"), labels, np.int64) as array:
-                    array[:] = labels.cpu().numpy()
+                with _whole(self._path("labels"), labels, np.int64) as write:
+                    for _ in SEVERITIES:
+                        write(labels)
             if self._path(name).exists():
                 continue
-            with _whole(self._path(name), images) as array:
+            with _whole(self._path(name), images, np.uint8) as write:
                 for severity in SEVERITIES:
                     damaged = corrupt(
                         images, name, severity, seed=seed, device=device, frost_images=frost_images
                     )
-                    array[severity - 1] = damaged.permute(0, 2, 3, 1).cpu().numpy()
+                    write(damaged.permute(0, 2, 3, 1))
 
     def ensure(self, name: str, images: Tensor, labels: Tensor, **options: Any) -> None:
         """:meth:`write` one corruption."""
@@ -183,19 +184,20 @@ def _layout(images: Tensor) -> tuple[int, ...]:
 
 
 @contextmanager
-def _whole(path: Path, one: Tensor, dtype: Any = np.uint8) -> Iterator[NDArray[Any]]:
-    """An array on disk for ``one`` at each severity, in its place only when all is written."""
+def _whole(path: Path, one: Tensor, dtype: type) -> Iterator[Callable[[Tensor], None]]:
+    """What writes ``one`` at a severity after the other; the file is in its place when all is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=path.parent)
-    os.close(handle)
     staged = Path(name)
     count, *rest = _layout(one)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+        "shape": (len(SEVERITIES) * count, *rest),
+    }  # fmt: skip
     try:
-        shape = (len(SEVERITIES) * count, *rest)
-        array = np.lib.format.open_memmap(staged, mode="w+", dtype=dtype, shape=shape)
-        yield array.reshape(len(SEVERITIES), count, *rest)
-        array.flush()
-        del array  # where a mapped file cannot be moved
+        with os.fdopen(handle, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            yield lambda part: part.cpu().numpy().astype(dtype).tofile(file)
         staged.chmod(0o644)
         staged.replace(path)
     finally:

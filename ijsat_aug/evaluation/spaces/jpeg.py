@@ -95,7 +95,7 @@ def dct_matrix(size: int = 8) -> Tensor:
         >>> torch.allclose(D @ D.T, torch.eye(8), atol=1e-6)
         True
     """
-    k = torch.arange(size, dtype=torch.float64)
+    k = torch.arange(size, dtype=torch.float64, device="cpu")
     matrix = torch.cos(math.pi / size * k[:, None] * (k + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix.float()
@@ -145,6 +145,6 @@ def _grid(images: Tensor, patterns: Tensor) -> tuple[int, int]:
 def _patterns(table: tuple[tuple[int, ...], ...], enlarged: int) -> Tensor:
     """``(64, side, side)`` pixels in [0, 1] of half a step of each coefficient of a block."""
     waves = dct_matrix()[:, None, :, None] * dct_matrix()[:, None]
-    half_steps = torch.tensor(table) / 2 / 255
+    half_steps = torch.tensor(table, device="cpu") / 2 / 255
     patterns = (half_steps[:, :, None, None] * waves).reshape(64, 8, 8)
     return patterns.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)

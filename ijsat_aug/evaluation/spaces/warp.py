@@ -72,7 +72,8 @@ def elastic(
     height, width = images.shape[2:]
     flow = images.new_zeros(len(images), 2, height, width)
     sigma = _BLUR * min(height, width)
-    kernel = get_gaussian_kernel1d(2 * round(4 * sigma) + 1, sigma).to(images)
+    size = 2 * round(4 * sigma) + 1
+    kernel = get_gaussian_kernel1d(size, sigma, device=images.device, dtype=images.dtype)
     units = images.new_tensor([2 / width, 2 / height]).reshape(2, 1, 1)
 
     def smooth(pixels: Tensor) -> Tensor:
