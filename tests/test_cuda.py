@@ -675,3 +675,21 @@ def test_what_cannot_be_captured_is_told() -> None:
     with pytest.raises(ValueError, match="move it first"):
         step(x, torch.ones(2))
     assert nn.Dropout(0.5)(x).shape == (2,)  # the generator has left the capture
+
+
+def test_a_capture_that_was_interrupted_has_ended() -> None:
+    calls = []
+
+    def step(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return x * 2
+
+    captured, x = CapturedStep(step), torch.ones(2, device=DEVICE)
+    for _ in range(3):
+        captured(x)
+    with pytest.raises(KeyboardInterrupt):
+        captured(x)
+    assert nn.Dropout(0.5)(x).shape == (2,)
+    assert captured(x).tolist() == [2, 2]

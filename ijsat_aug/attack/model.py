@@ -247,10 +247,11 @@ class ModelHandle:
                     parameter.requires_grad_()
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, known: Iterable[nn.Module] = ()) -> Iterator[None]:
         """Around the first call in an attack: freeze what it calls that we did not know of.
 
-        A callable may call another module each time, a module shows at once what it hides.
+        A callable may call another module each time, a module shows at once what it hides. A
+        transform of ours is never the model's, nor are the known ones.
         """
         if self._stack is None or not self._unseen:
             yield
@@ -263,13 +264,18 @@ class ModelHandle:
         found = WeakSet[nn.Module]()
 
         def still(module: nn.Module) -> AbstractContextManager[None]:
-            parts = list(module.modules())
+            if isinstance(module, _COLLECTIVE):
+                raise ValueError(
+                    f"an attack must not call the collectives of a {type(module).__name__}: call "
+                    "the module inside it, as in model.module(x), or put that wrapper outermost."
+                )
+            parts = [part for part in module.modules() if not _is_ours(part)]
             _check_outermost(parts)
             found.update(parts)
             return self._still(parts)
 
         # For the time of its call alone: a caller may have changed it for that call.
-        with around_others(self._known, still):
+        with around_others([*self._known, *known], still):
             yield
         self._hidden = WeakSet([*(self._hidden or ()), *found])
         self._stack.enter_context(self._still(list(found)))

@@ -277,8 +277,8 @@ def _from_torchvision(
         )
     known = inspect.signature(kind).parameters
     # Of those with **kwargs some hand it on.
-    whole = [kind, *kind.__mro__] if "kwargs" in known else [kind]
-    loads = any("download" in inspect.signature(each).parameters for each in whole)
+    bases = kind.__mro__ if "kwargs" in known else (kind,)
+    loads = any("download" in inspect.signature(base).parameters for base in bases)
     options: dict[str, Any] = {"download": True} if loads else {}
     if "train" in known:
         options["train"] = train

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..attack.balls import unit
 from ..attack.traces import buffers_kept, no_cached_weights
@@ -21,7 +22,8 @@ class AdversarialWeightPerturbation:
     The weights are put back bit for bit, so that the optimiser steps from where it was, along the
     gradient of the perturbed place (Wu et al., 2020). A step inside the block, as in the authors'
     loop, stays. BatchNorm's running statistics are those of the training pass alone. Under DDP each
-    process perturbs by its own batch; the gradients are averaged as ever.
+    process perturbs by its own batch; the gradients are averaged as ever, but not with its
+    ``static_graph=True``, which takes the first of the two backward passes for that of the step.
 
     Args:
         model: The model that is trained.
@@ -40,6 +42,11 @@ class AdversarialWeightPerturbation:
     def __init__(self, model: nn.Module, gamma: float = 0.01) -> None:
         if not is_between(gamma, 0):
             raise ValueError(f"gamma must be a number >= 0, got {gamma!r}.")
+        if isinstance(model, DistributedDataParallel) and model.static_graph:
+            raise ValueError(
+                "AWP takes two backward passes a step, of which DistributedDataParallel with "
+                "static_graph=True would average the first alone: leave static_graph out."
+            )
         self.model = model
         self.gamma = gamma
 
@@ -54,17 +61,19 @@ class AdversarialWeightPerturbation:
             gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
         found = zip(weights, gradients, strict=True)
         moves = [(w, w.detach().clone(), self._uphill(w, g)) for w, g in found if g is not None]
+        there = False
         try:
             with torch.no_grad():
                 for weight, _, perturbed in moves:
                     weight.copy_(perturbed)
+            there = True
             with no_cached_weights():
                 yield loss()
         finally:
             with torch.no_grad():
                 for weight, original, perturbed in moves:
-                    if torch.equal(weight, original):
-                        continue  # it never left, where the way there was interrupted
+                    if not there and torch.equal(weight, original):
+                        continue  # it never left, as the way there was interrupted
                     step = weight - perturbed
                     weight.copy_(torch.where(step == 0, original, original + step))
 

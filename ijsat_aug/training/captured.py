@@ -102,10 +102,12 @@ class CapturedStep:
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             self._output = self.step(*pytree.tree_unflatten(self._inputs, tree))
-        except Exception as error:
+        except BaseException as error:
             with suppress(RuntimeError):
                 graph.capture_end()
             _end_capture_of_the_generator()
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise torch.cuda.OutOfMemoryError(
                     "no memory of the GPU is left for a CUDA graph, which has memory of its own: "
@@ -129,9 +131,11 @@ class CapturedStep:
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
 
 def _end_capture_of_the_generator() -> None:

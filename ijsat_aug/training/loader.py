@@ -322,6 +322,8 @@ def _mover(device: torch.device | None) -> Callable[[Any], Any]:
             return tensor.to(device)
         with torch.cuda.stream(copies):
             pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+            if type(pinned) is not type(tensor):  # of older torchvisions
+                pinned = tensor
             there = pinned.to(device, non_blocking=True)
         there.record_stream(torch.cuda.current_stream(device))  # whose memory it must not lose
         return there
@@ -344,12 +346,12 @@ def _moved(batch: Any, to_device: Callable[[Tensor], Tensor], device: torch.devi
     """The batch with every tensor on the device."""
     if isinstance(batch, Tensor):
         return to_device(batch)
+    if hasattr(batch, "to"):  # first, as a PackedSequence is a tuple too
+        return batch.to(device)
     if hasattr(batch, "_make"):
         return batch._make(_moved(item, to_device, device) for item in batch)
     if isinstance(batch, (tuple, list)):
         return type(batch)(_moved(item, to_device, device) for item in batch)
-    if hasattr(batch, "to"):
-        return batch.to(device)
     if isinstance(batch, Mapping):
         items = {key: _moved(value, to_device, device) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):

@@ -306,7 +306,8 @@ class BatchTransform(nn.Module):
         """
         count = len(images)
         if self.p < 1:
-            self.handle.check_alone("p=1, or every= of AugmentedLoader")
+            for part in transforms_in(self):
+                part.handle.check_alone("p=1, or every= of AugmentedLoader")
         share = self.fraction * count if self.random.chance(self.p) else 0
         chosen = max(1, round(share)) if share else 0
         if chosen == count > 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attack.ascent import Landscape, Values, Variable, ascend, select
 from ..attack.balls import LinfBall
@@ -153,7 +153,7 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
     """
 
     def call(images: Tensor, targets: Tensor) -> Tensor:
-        out = attack(images.clone(), targets)  # which may write on what it gets
+        out = attack(images.clone(), targets.clone())  # which may write on what it gets
         moved = out[0] if isinstance(out, (tuple, list)) and out else out
         if not isinstance(moved, Tensor) or moved.shape != images.shape:
             got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
@@ -178,9 +178,11 @@ def guarded(
         (True, tensor([[0., 0.]]))
     """
     images = images_of(attack)
+    owner = getattr(attack, "__self__", attack)  # of a method
+    own = list(owner.modules()) if isinstance(owner, nn.Module) else []
 
     def call(pictures: Tensor, targets: Tensor) -> Tensor:
-        with handle.frozen(pictures.device, seed), handle.watched():
+        with handle.frozen(pictures.device, seed), handle.watched(own):
             return images(pictures, targets)
 
     return images if handle.model is None else call

@@ -1001,7 +1001,10 @@ def test_an_own_attack_finds_a_hidden_model_frozen(network, digits, labels) -> N
 def test_the_module_inside_a_wrapper_may_be_called(network, digits, labels) -> None:
     wrapped = nn.DataParallel(network)
     JointSpaceAdv(lambda x: wrapped.module(x), eta=0)(digits[:8], labels[:8])
-    with pytest.raises(ValueError, match="put that wrapper outermost"):
+    own = RobustMixup(wrapped, num_classes=10, attack=lambda x, t: x + 0 * wrapped(x).sum())
+    with pytest.raises(ValueError, match=r"of a DataParallel: call the module inside"):
+        own(digits[:8], labels[:8])
+    with pytest.raises(ValueError, match=r"as in model\.module\(x\)"):
         JointSpaceAdv(lambda x: wrapped(x), eta=0)(digits[:8], labels[:8])
 
 
@@ -1030,8 +1033,10 @@ def test_a_copy_pickles_no_model_and_holds_none(network, digits, labels) -> None
 def test_synchronised_statistics_are_no_matter_of_one_process(digits, labels) -> None:
     model = nn.Sequential(nn.SyncBatchNorm(1), nn.Flatten(), nn.Linear(64, 10))
     adv = JointSpaceAdv(model, eta=0, p=0.5, model_mode="train")
-    with pytest.raises(ValueError, match="SyncBatchNorm waits in every pass"):
-        adv(digits[:8], labels[:8])
+    whole = JointSpaceAdv(model, eta=0, model_mode="train")
+    for attack in (adv, RobustMixup(num_classes=10, p=0.5, attack=whole)):
+        with pytest.raises(ValueError, match="SyncBatchNorm waits in every pass"):
+            attack(digits[:8], labels[:8])
 
 
 def test_statistics_come_back_in_train_mode_after_an_attack_in_eval_mode(

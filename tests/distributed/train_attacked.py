@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
+from ijsat_aug.training import AdversarialWeightPerturbation
 
 
 def main(folder: Path) -> None:
@@ -30,6 +31,7 @@ def main(folder: Path) -> None:
             nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
         )
         model = DistributedDataParallel(net, static_graph=static_graph)
+        perturb_weights(model, rank)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         adv = JointSpaceAdv(model, "digits", steps=1 + 3 * rank, eps=0.05, tau=0, generator=rank)
         assert adv.model is net
@@ -83,6 +85,23 @@ def train_sharded(rank: int) -> None:
     for options in ({"tau": 0, "steps": 2}, {"p": 0.5}):
         with pytest.raises(ValueError, match="must attack as often"):  # or wait for ever
             JointSpaceAdv(nets[1], "digits", **options)(x, y)
+
+
+def perturb_weights(model: DistributedDataParallel, rank: int) -> None:
+    """Each process by its own batch, along the gradient of all; not with a static graph."""
+    if model.static_graph:
+        with pytest.raises(ValueError, match="leave static_graph out"):
+            AdversarialWeightPerturbation(model)
+        return
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(rank))
+    with AdversarialWeightPerturbation(model)(lambda: model(x).square().mean()) as loss:
+        loss.backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    gathered = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, found)
+    assert all(torch.equal(found, other) for other in gathered)
+    model.module[1].reset_running_stats()
+    model.zero_grad()
 
 
 def refuse_collectives(

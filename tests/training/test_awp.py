@@ -125,6 +125,20 @@ def test_weights_come_back_when_the_perturbation_itself_fails(net, digits, label
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_weights_come_back_when_the_way_there_is_interrupted() -> None:
+    class Last(nn.Parameter):
+        def copy_(self, other: Tensor) -> Tensor:  # type: ignore[override]
+            raise KeyboardInterrupt
+
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = Last(net[1].weight.detach())
+    before = [p.detach().clone() for p in net.parameters()]
+    awp = AdversarialWeightPerturbation(net, gamma=0.5)
+    with pytest.raises(KeyboardInterrupt), awp(lambda: net(torch.ones(1, 3)).sum()):
+        pass
+    assert all(map(torch.equal, net.parameters(), before))
+
+
 def test_a_frozen_model_has_nothing_to_perturb(net, digits, labels) -> None:
     net.requires_grad_(False)
     awp = AdversarialWeightPerturbation(net)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -49,6 +50,12 @@ def test_it_is_the_loader_with_other_batches(data, network) -> None:
         assert sizes == [(16, (16, 10))] * 3 + [(2, (2, 10))]
     with pytest.raises(AttributeError, match="nonsense"):
         _ = loader.nonsense
+
+
+def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
+    words = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    ((_, moved),) = AugmentedLoader([(X, words)], lambda batch: batch, "meta")
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
 
 
 def test_the_model_is_fresh_for_every_batch(data) -> None:

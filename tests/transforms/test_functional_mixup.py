@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from ijsat_aug import JointSpaceAdv, RobustMixup
 from ijsat_aug.functional import robust_mixup
@@ -64,6 +65,50 @@ def test_any_attack_may_climb(net, digits, labels, flow) -> None:
     assert torch.equal(same, t)
     assert torch.equal(out, joint(mixed, t)[0])
     assert torch.equal(robust_mixup(x, t, lam=1.0, attack=lambda a, b: 1 - a)[0], 1 - x)
+
+
+def test_a_transform_inside_an_own_attack_is_no_part_of_the_model(net, digits, labels, flow):
+    """Which is in evaluation mode meanwhile, where a transform would do nothing."""
+    x, y = digits[:6], labels[:6]
+    joint = JointSpaceAdv(net, flow, eps=0.05, steps=2, random_start=False)
+    mixed, t = robust_mixup(x, y, lam=0.6, num_classes=10)
+    expected = joint(mixed, t)[0]
+    assert not torch.equal(expected, mixed)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.joint = joint
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            return self.joint(images, targets)
+
+    own = Own()
+    others = [lambda a, b: joint(a, b), own, own.forward, v2.RandomApply(nn.ModuleList([joint]), 1)]
+    for attack in (joint, *others, *others):  # again: what was found hidden is remembered
+        mix = RobustMixup(net, num_classes=10, attack=attack)
+        lam = torch.full((2, 6), 0.6)  # of two, the worse: that asks the model
+        for _ in range(2):
+            out, _ = robust_mixup(x, y, net, lam=lam, num_classes=10, attack=attack)
+            assert torch.equal(out, expected)
+            (out, targets), params = drawn(mix, x, y)
+            mixed, _ = robust_mixup(x, y, lam=params["lam"], num_classes=10)
+            assert attack is joint or torch.equal(out, joint(mixed, targets)[0])
+    assert own.calls == 16  # its own state stays
+
+
+def test_an_attack_may_write_on_what_it_gets(digits, labels) -> None:
+    x, y = digits[:4], labels[:4]
+
+    def attack(images: Tensor, targets: Tensor) -> Tensor:
+        targets.zero_()
+        return images.zero_()
+
+    out, t = robust_mixup(x, y, lam=0.6, num_classes=10, attack=attack)
+    assert out.abs().max() == 0
+    assert torch.equal(t, robust_mixup(x, y, lam=0.6, num_classes=10)[1])
 
 
 def test_one_weight_is_a_weight_for_all(digits, labels) -> None:
