@@ -147,7 +147,8 @@ def test_a_study_goes_on_from_its_record_on_another_machine(
 ) -> None:
     monkeypatch.setattr("benchmarks.accuracy.study.RESULTS", tmp_path)
     runs = [one("OM", s, 50.0 + s) | {"setting": 500} for s in range(3)]
-    record = {"hardware": "elsewhere", "commit": "abc", "date": "2001-01-01", "runs": runs}
+    facts = {"hardware": "elsewhere", "commit": "abc", "date": "2001-01-01", "network": "none"}
+    record = facts | {"runs": runs}
     (tmp_path / "kept.json").write_text(json.dumps(record))
     study = Study(tmp_path / "work", "none", [500], load_flow("digits"))
     study.keep(Run("OM", "OM", 500, 2), one("OM", 2, 60.0, seconds=9.0))
@@ -162,6 +163,16 @@ def test_a_study_goes_on_from_its_record_on_another_machine(
     assert found["table"]["500"]["OM"]["time"] is None  # without plain training there is none
     with pytest.raises(SystemExit, match="the seconds of 'OM' are of elsewhere"):
         study.run(LONG, 500, 0)
+    with pytest.raises(SystemExit, match="kept is of the network none, not small"):
+        Study(tmp_path / "other", "small", [500], load_flow("digits")).unpack("kept")
+
+
+def test_all_seeds_of_a_row_have_as_many_steps(tmp_path: Path) -> None:
+    study = Study(tmp_path, "none", [500], load_flow("digits"))
+    assert study.steps(LONG, 500) is None
+    study.keep(Run(LONG, LONG, 500, 3), one(LONG, 3, 50.0) | {"steps": 1234})
+    assert study.steps(LONG, 500) == 1234
+    assert study.steps("OM", 500) is None
 
 
 def test_runs_with_another_flow_or_network_are_kept_apart(tmp_path: Path) -> None:

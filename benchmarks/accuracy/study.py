@@ -317,16 +317,27 @@ class Study:
 
     def unpack(self, name: str) -> None:
         """Write the files of the runs of a record that are not there."""
-        self.claim()
         found = json.loads((RESULTS / f"{name}.json").read_text())
+        ours = {"network": self.network, **self.facts}
+        for key in ("network", "flow", "batch"):
+            if found.get(key) != ours.get(key):
+                raise SystemExit(f"{name} is of the {key} {found.get(key)}, not {ours.get(key)}.")
+        self.claim()
         usual = {key: found[key] for key in (*made(), "hardware") if key in found}
         for one in found["runs"]:
             path = self.file(Run(one["row"], one["row"], one["setting"], one["seed"]))
             if not path.is_file():
                 keep(path, one | {key: usual[key] for key in usual.keys() - one.keys()})
 
+    def steps(self, row: str, setting: str | int) -> int | None:
+        """Those of a run with another seed, where there is one: all have as many."""
+        name = self.file(self.planned(row, setting, 0)).name.removesuffix("0.json")
+        runs = (json.loads(path.read_text()) for path in sorted(self.work.glob(f"{name}*.json")))
+        return next((int(one["steps"]) for one in runs if "steps" in one), None)
+
     def result(self, seeds: Sequence[int], rivals: Sequence[str]) -> dict[str, Any]:
         """All runs that are there, and what they say."""
+        self.claim()
         runs = [json.loads(path.read_text()) for path in sorted(self.work.glob("*.json"))]
         runs = [one for one in runs if one["seed"] in seeds]
         by_setting = {

@@ -59,9 +59,10 @@ def cifar(work: Path, count: int, epochs: int) -> dict[str, Report]:
     folder = write_folders(work / "images")
     reports: dict[str, Report] = {}
     for name in ("plain", "RobustMixup"):
-        weights = work / name / "ema.safetensors"
+        trained = work / f"{name}-{epochs}-epochs"
+        weights = trained / "ema.safetensors"
         if not weights.is_file():
-            train(work / name, folder, epochs, with_line=name == "RobustMixup")
+            train(trained, folder, epochs, with_line=name == "RobustMixup")
         reports[name], _ = evaluate(
             str(folder / "val"), model="resnet18", weights=str(weights), name=name, flow="cifar10",
             threats=ON_CIFAR, limit=count, mean=MEAN, std=STD, folder=work / "evaluated" / name,

@@ -445,6 +445,7 @@ def main() -> None:
 
 
 Reports = dict[str, dict[str, Report]]
+_OF_ALL = ("seed", "epochs", "levels", "width", "images", "batch")  # facts of a record
 
 
 def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
@@ -454,13 +455,15 @@ def recorded(rows: Sequence[str], work: Path, images: int) -> dict[str, Any]:
     trainings = {row: json.loads((place(work, row) / "training.json").read_text()) for row in found}
     if not found:
         raise SystemExit("there is no training whose evaluation is complete.")
-    seeds = {one["seed"] for one in trainings.values()}
-    if len(seeds) > 1:
-        raise SystemExit(f"the trainings have the seeds {sorted(seeds)}: one record takes one.")
+    for fact in _OF_ALL:
+        values = {one.get(fact) for one in trainings.values()}
+        if len(values) > 1:
+            raise SystemExit(f"the trainings differ in {fact} ({values}): one record takes one.")
     trained, where = machines(trainings.values()), hardware()
     if trained != where:
         where = f"Trained on {trained}, attacked on {where}"
-    facts = {"hardware": where, "seed": seeds.pop(), "images": images, "trainings": trainings}
+    seed = next(iter(trainings.values()))["seed"]
+    facts = {"hardware": where, "seed": seed, "images": images, "trainings": trainings}
     return facts | told(found)
 
 

@@ -14,8 +14,11 @@ from .table import Row, rows
 __all__ = ["to_html", "to_markdown", "to_table"]
 
 _NO_AUTOATTACK = (
-    "Without AutoAttack beside it, the accuracy under {} is an upper bound, and no claim of "
-    "robustness."
+    "Without AutoAttack of that budget beside it, the accuracy under {} is an upper bound, and no "
+    "claim of robustness."
+)
+_OTHER_VERSION = (
+    "The changes are against a report of ijsat-aug {}, this one is of {}: attacks may differ too."
 )
 
 
@@ -30,7 +33,7 @@ def to_table(report: Report, against: Report | None = None) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    remarks = "\n".join(_remarks(report))
+    remarks = "\n".join(_remarks(report, against))
     table = Table(title=Text(_title(report, against)), caption=Text(remarks) if remarks else None)
     for name in _columns(against):
         left = name in ("threat", "budget")
@@ -65,7 +68,7 @@ def to_markdown(report: Report, against: Report | None = None) -> str:
     for row in rows(report, against):
         cells = [_plain(cell) for cell in _cells(row, against)]
         lines.append(f"| {' | '.join(f'**{c}**' if row.strong and c else c for c in cells)} |")
-    lines += [f"\n> {remark}" for remark in _remarks(report)]
+    lines += [f"\n> {remark}" for remark in _remarks(report, against)]
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +82,7 @@ def to_html(report: Report, against: Report | None = None) -> str:
         (True, True, False)
     """
     title = html.escape(_title(report, against))
-    warnings = "".join(f"<p class=warning>{html.escape(w)}</p>" for w in _remarks(report))
+    warnings = "".join(f"<p class=warning>{html.escape(w)}</p>" for w in _remarks(report, against))
     settings = ", ".join(f"{k} {v}" for k, v in report.settings.items() if v is not None)
     return _PAGE.format(
         title=title, warnings=warnings, table=_html_table(report, against),
@@ -98,16 +101,24 @@ def _title(report: Report, against: Report | None) -> str:
     return title if against is None else f"{title}, against {against.settings.get('name')}"
 
 
-def _remarks(report: Report) -> list[str]:
+def _remarks(report: Report, against: Report | None) -> list[str]:
     """Warnings, and what the numbers do not say by themselves."""
-    names = set(report.results)
+    found = report.results
+    budgets = {name: result.budget for name, result in found.items()}
     pairs = {"linf": "autoattack", "l2": "autoattack_l2"}
     alone = [
-        report.results[n].title for n, sure in pairs.items() if n in names and sure not in names
+        found[name].title
+        for name, sure in pairs.items()
+        if name in found and budgets.get(sure) != budgets[name]
     ]
-    if not alone:
-        return [*report.warnings]
-    return [*report.warnings, _NO_AUTOATTACK.format(" and ".join(alone))]
+    remarks = [*report.warnings]
+    if alone:
+        remarks.append(_NO_AUTOATTACK.format(" and ".join(alone)))
+    if against is not None:
+        ours, theirs = (one.settings.get("version") for one in (report, against))
+        if ours != theirs:
+            remarks.append(_OTHER_VERSION.format(theirs, ours))
+    return remarks
 
 
 def _columns(against: Report | None) -> list[str]:

@@ -73,7 +73,9 @@ def fooling(logits: Tensor, labels: Tensor) -> Tensor:
         >>> fooling(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])).round()
         tensor([   0., 1002.])
     """
-    return cross_entropy(logits, labels) + _FOOLED * (logits.argmax(1) != labels)
+    # An infinite loss would be taken for a failure, and the image for one that withstood it.
+    loss = cross_entropy(logits, labels).clamp(max=_FOOLED)
+    return loss + _FOOLED * (logits.argmax(1) != labels)
 
 
 def pgd(norm: Norm, eps: float, steps: int) -> Attack:

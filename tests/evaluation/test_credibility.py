@@ -21,6 +21,38 @@ def test_an_ordinary_network_deserves_none(net, digits, labels) -> None:
 def test_train_mode(network, digits, labels) -> None:
     assert "came in train mode" in look(network.train(), digits, labels)
     assert network.training
+    assert "came in train mode" in look(lambda x: network(x), digits, labels)
+    network.eval()
+    assert look(nn.Sequential(nn.Identity(), network), digits, labels) == ""  # the container's flag
+    network[1].train()
+    assert "came in train mode" in look(network, digits, labels)
+
+
+def test_statistics_that_wait_for_other_processes_are_not_asked_of_the_batch(
+    net, digits, labels, tmp_path
+) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert look(model, digits, labels) == ""
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_image_that_is_left_is_chance() -> None:
+    """Of eight more than a share of one in ten classes."""
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.flatten(1).mean(1, keepdim=True)
+            return torch.cat([0 * mean, mean - 0.499, mean.expand(-1, 8) - 2], 1)
+
+    x, y = torch.full((8, 1, 4, 4), 0.6), torch.ones(8, dtype=torch.long)
+    x[0] = 1.0  # no half of the range is enough for this one
+    assert "half of the whole pixel range" not in look(Mean(), x, y)
+    x[1] = 1.0
+    assert "half of the whole pixel range" in look(Mean(), x, y)
 
 
 def test_probabilities(net, digits, labels) -> None:
@@ -207,6 +239,18 @@ class Bright(nn.Module):
 def test_what_fooled_counts_though_its_gradient_is_no_number() -> None:
     x, y = torch.full((8, 1, 4, 4), 0.45), torch.zeros(8, dtype=torch.long)
     found = evaluate(Bright(), x, y, threats=["linf=0.1@10", "fog=0.5@10"], corruptions=[])
+    assert found.accuracy("clean") == 1
+    assert found.accuracy("linf") == found.accuracy("fog") == 0
+
+
+def test_what_fooled_counts_though_its_loss_is_infinite() -> None:
+    class Certain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dark = (10 * (0.52 - x.flatten(1).mean(1, keepdim=True))).clamp(0, 1)
+            return torch.cat([dark, 1 - dark], 1).log()
+
+    x, y = torch.full((8, 1, 4, 4), 0.45), torch.zeros(8, dtype=torch.long)
+    found = evaluate(Certain(), x, y, threats=["linf=0.1@10", "fog=0.5@10"], corruptions=[])
     assert found.accuracy("clean") == 1
     assert found.accuracy("linf") == found.accuracy("fog") == 0
 

@@ -151,6 +151,17 @@ def test_who_shows_pgd_alone_is_told() -> None:
     both = Report(alone.settings, {**alone.results, "autoattack": result("autoattack", "10")})
     assert "upper bound" not in to_markdown(both)
     assert to_table(both).caption is None
+    weaker = replace(both.results["autoattack"], budget="1/255")
+    assert "upper bound" in to_markdown(Report({}, {**both.results, "autoattack": weaker}))
+
+
+def test_changes_between_versions_are_told() -> None:
+    ours, theirs = (
+        Report({"data": "d", "version": version}, report(clean="11").results)
+        for version in ("1.2", "1.1")
+    )
+    assert "against a report of ijsat-aug 1.1, this one is of 1.2" in to_markdown(ours, theirs)
+    assert "against a report" not in to_markdown(ours, ours)
 
 
 def test_large_pictures_are_made_small() -> None:
