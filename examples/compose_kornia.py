@@ -32,7 +32,7 @@ def main() -> None:
     net = network(x, y)
     x, y = x[:16], y[:16]
     flow = Pyramid(load_flow("cifar10-fast"), (SIZE, SIZE))
-    latent = JointSpaceAdv(net, flow, eps=0, steps=3)
+    latent = JointSpaceAdv(net, flow, eps=0, steps=3, random_start=False)
     steps = {
         "flip": K.RandomHorizontalFlip(p=0.5),
         "latent move": latent,

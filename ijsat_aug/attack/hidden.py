@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -22,11 +22,18 @@ __all__ = ["around_others", "is_compiled"]
 
 @contextmanager
 def around_others(
-    known: Iterable[nn.Module], around: Callable[[nn.Module], AbstractContextManager[Any]]
-) -> Iterator[None]:
+    known: Iterable[nn.Module],
+    around: Callable[[nn.Module], AbstractContextManager[Any]],
+    concerns: Callable[[nn.Module, bool], bool] = lambda module, inside: True,
+) -> Iterator[Calls]:
     """Put a block around each call, by this thread, of a module that is not among the known ones.
 
-    What such a module calls is inside its block.
+    What such a module calls is inside its block. Yields what it saw.
+
+    Args:
+        known: These.
+        around: Makes the block.
+        concerns: Tells of another module, and whether a known one calls it, if it gets a block.
 
     Example:
         >>> from contextlib import nullcontext
@@ -36,19 +43,27 @@ def around_others(
         >>> told == [net]
         True
     """
-    usual, thread, calls = set(known), threading.get_ident(), _Calls(around)
+    usual, thread, calls = set(known), threading.get_ident(), Calls(around)
 
-    def is_other(module: nn.Module) -> bool:
-        if torch.compiler.is_compiling():  # first: nothing else of this can be traced
-            return False
-        return threading.get_ident() == thread and module not in usual
+    def is_seen() -> bool:
+        # First: nothing else of this can be traced.
+        return not torch.compiler.is_compiling() and threading.get_ident() == thread
 
     def before(module: nn.Module, inputs: Any) -> None:
-        if is_other(module):
+        if not is_seen():
+            return
+        if module in usual:
+            calls.of_known += 1
+        elif calls.module is not None or concerns(module, calls.of_known > 0):
             calls.enter(module)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if is_other(module):
+        if not is_seen():
+            return
+        calls.half |= isinstance(output, Tensor) and output.dtype == torch.float16
+        if module in usual:
+            calls.of_known -= 1
+        elif calls.module is not None:
             calls.leave(module)
 
     hooks = [
@@ -56,20 +71,22 @@ def around_others(
         register_module_forward_hook(after, always_call=True),
     ]
     try:
-        yield
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
         calls.close()
 
 
-class _Calls:
+class Calls:
     """The outermost call that has a block, and how deep that module is in itself."""
 
     def __init__(self, around: Callable[[nn.Module], AbstractContextManager[Any]]) -> None:
         self.around = around
         self.module: nn.Module | None = None
         self.depth = 0
+        self.of_known = 0  # that we are in
+        self.half = False  # whether a module returned float16
         self.block = ExitStack()
 
     def enter(self, module: nn.Module) -> None:

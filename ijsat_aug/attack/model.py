@@ -20,7 +20,14 @@ from ..precision import warn_if_emulated
 from .balls import at_full_size
 from .behind import Shared, roots
 from .hidden import around_others, is_compiled
-from .traces import RESTLESS, attributes_kept, buffers_kept, no_cached_weights, version_of
+from .traces import (
+    RESTLESS,
+    attributes_kept,
+    buffers_kept,
+    gradients_kept,
+    no_cached_weights,
+    version_of,
+)
 
 __all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "unwrap"]
 
@@ -99,6 +106,7 @@ class ModelHandle:
         # What the first call tells: whether it changes its input, and what else it calls.
         self._writes: bool | None = None
         self._hidden: WeakSet[nn.Module] | None = None
+        self._half = False  # whether it computes in float16, which it may choose for itself
         self._unseen = True  # whether the attack has yet to call it
         self._stack: ExitStack | None = None  # of what is put back after the attack
 
@@ -149,9 +157,9 @@ class ModelHandle:
                 "on a copy, as in x = x - mean instead of x.sub_(mean)."
             )
         self._writes = self._writes or changed
-        half = torch.float16 in (low, logits.dtype)
+        self._half = self._half or torch.float16 in (low, logits.dtype)
         logits = in_full(logits)
-        if half and logits.requires_grad:
+        if self._half and logits.requires_grad:
             # In float16 the gradient of a sample that the model is sure of would vanish on its way
             # to the image. A direction is all that attacks want.
             logits.register_hook(at_full_size)
@@ -231,8 +239,9 @@ class ModelHandle:
                     # dropout the two modes are one.
                     same = isinstance(module, nn.RNNBase) and not module.dropout
                     _set_mode(module, self.mode == "train" or same)
-                for part, _ in split:
-                    part.route = self.route  # type: ignore[assignment]
+                for part, route in split:  # else whoever called has chosen
+                    if self.route == "auxiliary" or route == "half":
+                        part.route = self.route  # type: ignore[assignment]
                 # Also keeps frozen weights out of autocast's cache, where torch < 2.10 would leave
                 # casts without gradient for the training step.
                 for parameter in trainable:
@@ -250,8 +259,8 @@ class ModelHandle:
     def watched(self, known: Iterable[nn.Module] = ()) -> Iterator[None]:
         """Around the first call in an attack: freeze what it calls that we did not know of.
 
-        A callable may call another module each time, a module shows at once what it hides. A
-        transform of ours is never the model's, nor are the known ones.
+        A callable may call another module each time, a module shows at once what it hides, and
+        calls it itself. A transform of ours is never the model's, nor are the known ones.
         """
         if self._stack is None or not self._unseen:
             yield
@@ -274,11 +283,37 @@ class ModelHandle:
             found.update(parts)
             return self._still(parts)
 
+        whole = isinstance(self.model, nn.Module)
+
+        def concerns(module: nn.Module, inside: bool) -> bool:
+            return inside or not whole or isinstance(module, _COLLECTIVE)
+
+        usual = self._known if whole else [*self._known, *known]
         # For the time of its call alone: a caller may have changed it for that call.
-        with around_others([*self._known, *known], still):
+        with around_others(usual, still, concerns) as calls:
             yield
+        self._half = self._half or calls.half
         self._hidden = WeakSet([*(self._hidden or ()), *found])
         self._stack.enter_context(self._still(list(found)))
+
+    @contextmanager
+    def beside(
+        self, device: torch.device, seed: int | None = None, known: Iterable[nn.Module] = ()
+    ) -> Iterator[None]:
+        """:meth:`frozen` and :meth:`watched`, around an attack of the user's.
+
+        Transforms that the model holds are at work where the attack calls them, and gradients that
+        a training gathers are out of its sight.
+        """
+        ours = [module for module in self.modules if _is_ours(module) and module.training]
+        models = [module for module in roots(self.model) if not _is_ours(module)]
+        with (
+            self.frozen(device, seed),
+            gradients_kept(self.modules),
+            _at_work(ours, models),
+            self.watched(known),
+        ):
+            yield
 
     def _tell_of_none(self) -> None:
         if not self.modules and self._hidden is None:
@@ -322,6 +357,34 @@ def _are_sharded(modules: Iterable[nn.Module]) -> bool:
 def _is_ours(module: nn.Module) -> bool:
     """Whether it is a transform, which tells of its attack in attributes."""
     return isinstance(vars(module).get("handle"), ModelHandle)
+
+
+@contextmanager
+def _at_work(ours: Sequence[nn.Module], models: Sequence[nn.Module]) -> Iterator[None]:
+    """Transforms that models hold are at work, but for the time of a model's call."""
+    if not ours:
+        yield
+        return
+
+    def rouse(*_: Any) -> None:
+        for module in ours:
+            _set_mode(module, True)
+
+    def calm(*_: Any) -> None:
+        for module in ours:
+            _set_mode(module, False)
+
+    hooks = []
+    for model in models:
+        hooks.append(model.register_forward_pre_hook(calm))
+        hooks.append(model.register_forward_hook(rouse, always_call=True))
+    rouse()
+    try:
+        yield
+    finally:
+        calm()
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_still_split(modules: Iterable[nn.Module]) -> None:

@@ -12,12 +12,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["RESTLESS", "attributes_kept", "buffers_kept", "no_cached_weights", "version_of"]
+__all__ = [
+    "RESTLESS",
+    "attributes_kept",
+    "buffers_kept",
+    "gradients_kept",
+    "no_cached_weights",
+    "version_of",
+]
 
 Restless = MutableMapping[nn.Module, set[str]]
 RESTLESS: Restless = WeakKeyDictionary()  # the buffers that a module changes in eval mode too
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _FEW = 256  # things in a container, beyond which it is not copied
+
+
+@contextmanager
+def gradients_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The parameters of modules without their gradients, which they have again afterwards.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net(torch.ones(1, 2)).sum().backward()
+        >>> with gradients_kept([net]):
+        ...     net.zero_grad()
+        >>> net.weight.grad
+        tensor([[1., 1.]])
+    """
+    own = (p for module in modules for p in module._parameters.values() if p is not None)
+    kept = [(p, p.grad) for p in own if p.is_leaf and p.grad is not None]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -123,6 +123,11 @@ class NormflowsManifold(_Adapter):
         """Whether it finds its context in labels."""
         return self._uses_context and self._from_labels is not None
 
+    @property
+    def is_of_each_sample(self) -> bool:
+        """Whether every image has a context of its own."""
+        return self.needs_labels or (self._uses_context and self._context is not None)
+
     def given(self, context: Tensor) -> NormflowsManifold:
         """The same for a batch of images with this context ``(B, ...)``."""
         self._check_conditional()

@@ -12,6 +12,7 @@ __all__ = [
     "TapedManifold",
     "as_manifold",
     "has_tape",
+    "is_of_each_sample",
     "needs_labels",
     "of_samples",
     "on_device",
@@ -117,6 +118,17 @@ def needs_labels(manifold: object) -> bool:
         False
     """
     return bool(getattr(manifold, "needs_labels", False))
+
+
+def is_of_each_sample(manifold: object) -> bool:
+    """Whether every sample has another one, by its label or a context.
+
+    Example:
+        >>> import ijsat_aug
+        >>> is_of_each_sample(ijsat_aug.load_flow("digits"))
+        False
+    """
+    return needs_labels(manifold) or bool(getattr(manifold, "is_of_each_sample", False))
 
 
 def of_samples(manifold: Manifold, index: Tensor) -> Manifold:

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .manifold import Manifold, TapedManifold, as_manifold, needs_labels, of_samples
+from .manifold import (
+    Manifold,
+    TapedManifold,
+    as_manifold,
+    is_of_each_sample,
+    needs_labels,
+    of_samples,
+)
 
 __all__ = ["Pyramid", "Tiles", "at_size"]
 
@@ -50,6 +57,11 @@ class _Resized:
     def needs_labels(self) -> bool:
         """Whether the flow is another one for every class."""
         return needs_labels(self.flow)
+
+    @property
+    def is_of_each_sample(self) -> bool:
+        """Whether the flow is another one for every sample."""
+        return is_of_each_sample(self.flow)
 
     def to(self: R, device: torch.device | str | None = None, **options: Any) -> R:
         """The same of the flow elsewhere; itself where nothing changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import kornia.augmentation as K
@@ -60,7 +61,7 @@ class AugmentationSequential(K.AugmentationSequential):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.transform_op = _JointOps(self.data_keys)
         others = [child for child in self.children() if not _is_ours(child)]
-        if any(_is_ours(module) for child in others for module in child.modules()):
+        if any(_is_ours(module) for child in others for module in _all_in(child)):
             raise ValueError(
                 "one of our transforms stands inside another module, which would keep the labels "
                 "from it: make it a direct child of the outermost container."
@@ -69,6 +70,11 @@ class AugmentationSequential(K.AugmentationSequential):
             raise ValueError(
                 'mode="append" changes the size of the batch, for which kornia has drawn its '
                 "parameters: apply that transform behind the container."
+            )
+        if any(module.labels_getter != "default" for module in self.children() if _is_ours(module)):
+            raise ValueError(
+                "labels_getter is not asked inside kornia, where the labels are the 'class' key: "
+                "leave it out, or apply that transform behind the container."
             )
         self._of_one_weight()
 
@@ -128,6 +134,8 @@ class _JointOps(AugmentationSequentialOps):
             place = param if isinstance(param, _Place) else _Place(*param)
             image = keys.index(DataKey.INPUT)
             label = keys.index(DataKey.CLASS) if DataKey.CLASS in keys else None
+            if label is None and len(keys) > 1:
+                module.find_no_labels()
             outputs[image], labels, place.drawn = module.augment(
                 arg[image], None if label is None else arg[label], place.drawn
             )
@@ -138,6 +146,16 @@ class _JointOps(AugmentationSequentialOps):
 
 def _is_ours(module: nn.Module) -> TypeGuard[BatchTransform]:
     return isinstance(module, BatchTransform)
+
+
+def _all_in(module: nn.Module) -> Iterator[nn.Module]:
+    """It and all that it holds; torchvision's containers hold theirs in plain lists."""
+    for part in module.modules():
+        yield part
+        held = getattr(part, "transforms", None)
+        for other in held if isinstance(held, (list, tuple)) else ():
+            if isinstance(other, nn.Module):
+                yield from _all_in(other)
 
 
 def _check_keys(module: BatchTransform, keys: list[DataKey]) -> None:

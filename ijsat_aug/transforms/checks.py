@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..flows.checkpoint import load_flow
-from ..flows.manifold import Manifold, as_manifold, needs_labels
+from ..flows.manifold import Manifold, as_manifold, is_of_each_sample
 from ..flows.registry import image_sizes
 
 __all__ = [
@@ -144,10 +144,10 @@ def check_space(space: str, flow: object) -> None:
             'the flow would do nothing in space="pixel": for moves along it (IJSAT) give '
             'attack=JointSpaceAdv(model, flow), for blends along it space="latent".'
         )
-    if needs_labels(flow):
+    if is_of_each_sample(flow):
         raise ValueError(
-            "a flow that is another one for every class has no latents between two images: "
-            f'space={space!r} needs one without labels, or space="pixel".'
+            "a flow that is another one for every class or context has no latents between two "
+            f'images: space={space!r} needs one without them, or space="pixel".'
         )
 
 

@@ -34,8 +34,8 @@ Target = Literal["label", "prediction", "random"]
 _TRAINED = ("ce", "bce")  # losses of trainings, whose gradient a replay follows
 _UNLABELLED = (
     "the batch has no labels under a usual name, so that the attack leads away from the model's "
-    "own prediction: tell where they are by labels_getter=, or say that it is meant by "
-    'target="prediction".'
+    "own prediction: tell where they are by labels_getter= (inside kornia, by the 'class' key), or "
+    'say that it is meant by target="prediction".'
 )
 
 

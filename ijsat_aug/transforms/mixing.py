@@ -153,8 +153,10 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
     """
 
     def call(images: Tensor, targets: Tensor) -> Tensor:
-        out = attack(images.clone(), targets.clone())  # which may write on what it gets
-        moved = out[0] if isinstance(out, (tuple, list)) and out else out
+        given = targets.clone()  # it may write on what it gets
+        out = attack(images.clone(), given)
+        moved, *more = out if isinstance(out, (tuple, list)) and out else (out,)
+        check_labels_left(more[0] if more else None, given)
         if not isinstance(moved, Tensor) or moved.shape != images.shape:
             got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
             raise ValueError(
@@ -164,6 +166,23 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
         return moved.detach().to(images.dtype)
 
     return call
+
+
+def check_labels_left(labels: Any, targets: Tensor) -> None:
+    """Refuse an attack that returns other labels than it got.
+
+    Example:
+        >>> check_labels_left(torch.zeros(1, 2), torch.ones(1, 2))
+        Traceback (most recent call last):
+        ...
+        ValueError: attack changed the labels, ...
+    """
+    same = labels is targets or not isinstance(labels, Tensor) or labels.shape != targets.shape
+    if not (same or torch.equal(labels.to(targets), targets)):
+        raise ValueError(
+            "attack changed the labels, which are those of the blends: put what mixes before "
+            "RobustMixup, or behind it."
+        )
 
 
 def guarded(
@@ -182,7 +201,7 @@ def guarded(
     own = list(owner.modules()) if isinstance(owner, nn.Module) else []
 
     def call(pictures: Tensor, targets: Tensor) -> Tensor:
-        with handle.frozen(pictures.device, seed), handle.watched(own):
+        with handle.beside(pictures.device, seed, own):
             return images(pictures, targets)
 
     return images if handle.model is None else call

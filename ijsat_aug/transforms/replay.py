@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batch import BatchTransform
 from .climb import usable
+from .structure import Parts
 
 __all__ = ["calmed", "replay"]
 
@@ -49,7 +50,7 @@ def replay(transform: BatchTransform, batch: Any, times: int) -> Iterator[Any]:
         # Shown as a copy: a loop that changes its images in place may not change a leaf.
         again = turn + 1 < times
         leaf = images.detach().requires_grad_(again)
-        shown = (leaf.clone(), _copied(labels)) if again else (leaf, labels)
+        shown = (leaf.clone(), _copied(labels, parts)) if again else (leaf, labels)
         yield parts.rebuild(*shown)
         if again:
             moved = transform.follow(calm, labels, _gradient(leaf), index)
@@ -73,13 +74,14 @@ def calmed(transform: BatchTransform, batch: Any, again: bool = False) -> Any:
     if transform.training:
         images, labels, _ = transform.calm(images, labels)
         images = usable(images).detach()
-    return (
-        parts.rebuild(images.clone(), _copied(labels)) if again else parts.rebuild(images, labels)
-    )
+    if again:
+        images, labels = images.clone(), _copied(labels, parts)
+    return parts.rebuild(images, labels)
 
 
-def _copied(labels: Any) -> Any:
-    return labels.clone() if isinstance(labels, Tensor) else labels
+def _copied(labels: Any, parts: Parts) -> Any:
+    """Labels that a loop may change, where the batch has a place for them."""
+    return labels.clone() if isinstance(labels, Tensor) and parts.has_place else labels
 
 
 def _gradient(leaf: Tensor) -> Tensor:

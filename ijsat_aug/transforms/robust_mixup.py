@@ -7,6 +7,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Literal, cast
 
@@ -31,7 +32,7 @@ from .checks import (
 )
 from .joint_space import JointSpaceAdv
 from .labels import Rows, soft_labels
-from .mixing import Attack, Mix, guarded, mix_batch
+from .mixing import Attack, Mix, check_labels_left, guarded, mix_batch
 from .scale import Scale
 from .structure import LabelsGetter, Parts, geometry_in
 
@@ -389,7 +390,7 @@ class RobustMixup(BatchTransform):
         if climb is not None:
             if drawn is None:
                 return None
-            return lambda images, targets: climb.replay(images, targets, drawn)[0]
+            return partial(_replayed, climb, drawn)
         attack = self._other_attack.thing
         if attack is None or "attack" in params:
             return None
@@ -404,6 +405,14 @@ class RobustMixup(BatchTransform):
         shown |= {n: v for n, v in vars(self.mix).items() if v != getattr(usual, n)}
         words = [f"{name}={value}" for name, value in shown.items()]
         return ", ".join([super().extra_repr(), *words])
+
+
+def _replayed(
+    climb: BatchTransform, drawn: dict[str, Any], images: Tensor, targets: Tensor
+) -> Tensor:
+    moved, labels = climb.replay(images, targets, drawn)
+    check_labels_left(labels, targets)
+    return moved
 
 
 def _check_attack(attack: AnyAttack, own: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ _TV_GEOMETRY = ("Mask", "BoundingBoxes", "KeyPoints")  # of torchvision, which n
 
 @dataclass(frozen=True)
 class Parts:
-    """Images and labels of a batch, the way back, and whether it holds more than images.
+    """Images and labels of a batch, the way back, if it holds more, and has a place for labels.
 
     Example:
         >>> batch = {"image": "x", "kind": "y", "path": "p"}
@@ -35,6 +35,7 @@ class Parts:
     labels: Any
     rebuild: Callable[[Any, Any], Any]
     others: bool = False
+    has_place: bool = False
 
 
 def take_apart(batch: tuple[Any, ...], labels_getter: LabelsGetter) -> Parts:
@@ -90,7 +91,7 @@ def _sequence(
             _check_unchanged(found, labels)
         return make(items)
 
-    return Parts(batch[0], labels, rebuild, others=len(batch) > 1)
+    return Parts(batch[0], labels, rebuild, others=len(batch) > 1, has_place=bool(places))
 
 
 def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
@@ -117,7 +118,8 @@ def _mapping(batch: Mapping[str, Any], getter: LabelsGetter) -> Parts:
             return {**batch, **news}
         return new
 
-    return Parts(batch[image_key], labels, rebuild, others=len(batch) > 1)
+    others, has_place = len(batch) > 1, bool(label_keys)
+    return Parts(batch[image_key], labels, rebuild, others, has_place)
 
 
 def _check_unchanged(found: Any, labels: Any) -> None:

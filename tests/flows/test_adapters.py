@@ -152,6 +152,9 @@ def test_a_conditional_flow_gets_the_labels_of_the_batch(net, digits, labels) ->
     assert torch.allclose(some[moved], out[moved], atol=1e-5)
     mix = RobustMixup(net, num_classes=10, attack=JointSpaceAdv(net, manifold, eta=0.1))
     assert mix(x, y)[1].shape == (30, 10)
+    for kind in (manifold.given(rows(y)), Pyramid(manifold.given(rows(y)), (16, 16))):
+        with pytest.raises(ValueError, match="no latents between two images"):
+            robust_mixup(x, y, lam=0.0, num_classes=10, space="latent", flow=kind)
     with pytest.raises(ValueError, match="no latents between two images"):
         RobustMixup(net, num_classes=10, space="latent", flow=manifold)
     with pytest.raises(ValueError, match="the flow needs the labels of the batch, which has none"):

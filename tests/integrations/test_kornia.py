@@ -222,12 +222,26 @@ def test_one_image_and_one_label_of_each_sample(net, digits, labels, flow) -> No
     assert not torch.equal(out, x)
 
 
+@pytest.mark.parametrize("getter", ["label_fine", None, lambda batch: batch["mask"]])
+def test_labels_elsewhere_are_refused(getter, net) -> None:
+    ours = JointSpaceAdv(net, eta=0, labels_getter=getter)
+    with pytest.raises(ValueError, match="labels_getter is not asked inside kornia"):
+        AugmentationSequential(ours, data_keys=None)
+
+
+def test_ours_inside_a_container_of_torchvision_are_refused(net) -> None:
+    hidden = v2.RandomApply([v2.Compose([JointSpaceAdv(net, eta=0)])])
+    with pytest.raises(ValueError, match="make it a direct child"):
+        AugmentationSequential(hidden, data_keys=["input", "class"])
+
+
 def test_a_replay_without_the_image(net, digits, labels, flow) -> None:
     x, mask = digits[:6], (digits[:6] > 0.5).float()
     augment = AugmentationSequential(
         K.RandomHorizontalFlip(), adv(net, flow), data_keys=["input", "mask"]
     )
-    _, moved = augment(x, mask)
+    with pytest.warns(UserWarning, match="own prediction.*the 'class' key"):
+        _, moved = augment(x, mask)
     params = augment._params
     assert torch.equal(augment(mask, params=params, data_keys=["mask"]), moved)
     assert torch.equal(augment(x, mask, params=params)[1], moved)

@@ -98,6 +98,21 @@ def test_appended_images_are_made_through_the_auxiliary_branch(
             assert {m.route for m in network.modules() if hasattr(m, "route")} == {"half"}
 
 
+def test_an_attack_keeps_the_branch_that_its_caller_chose(network, digits, labels) -> None:
+    convert_split_batchnorm(network)
+    calls: list[int] = []
+    network[1].auxiliary.register_forward_hook(lambda *_: calls.append(1))
+    x, y = digits[:7], labels[:7]
+    adv = JointSpaceAdv(network, eta=0, steps=2)
+    with auxiliary_batchnorm(network):
+        adv(x, y)
+    assert len(calls) == 2
+    RobustMixup(network, num_classes=10, mode="append", attack=lambda a, b: adv(a, b))(x, y)
+    assert len(calls) == 4
+    adv(x, y)
+    assert len(calls) == 4
+
+
 def test_converting_twice_is_converting_once(network) -> None:
     names = set(convert_split_batchnorm(network).state_dict())
     assert set(convert_split_batchnorm(network).state_dict()) == names

@@ -356,3 +356,15 @@ def test_the_last_showing_asks_for_no_gradient(net, digits, labels) -> None:
         asked.append(x.requires_grad)
         F.cross_entropy(net(x), y).backward()
     assert asked == [True, True, False]
+
+
+@pytest.mark.parametrize("epochs", [None, (1, None)])
+def test_labels_inside_an_item_are_those_of_all_showings(epochs, net, digits, labels) -> None:
+    info = {"cls": labels[:4], "path": ["a", "b", "c", "d"]}
+    adv = JointSpaceAdv(eta=0, labels_getter=lambda batch: batch[1]["cls"])
+    shown = []
+    for x, found in AugmentedLoader([(digits[:4], info)], adv, replay=2, epochs=epochs):
+        F.cross_entropy(net(x), found["cls"]).backward()
+        shown.append(found)
+    assert len(shown) == 2
+    assert all(found["path"] == info["path"] for found in shown)

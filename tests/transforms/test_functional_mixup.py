@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,6 +99,59 @@ def test_a_transform_inside_an_own_attack_is_no_part_of_the_model(net, digits, l
             mixed, _ = robust_mixup(x, y, lam=params["lam"], num_classes=10)
             assert attack is joint or torch.equal(out, joint(mixed, targets)[0])
     assert own.calls == 16  # its own state stays
+
+
+def test_a_transform_that_the_model_holds_attacks_for_an_own_attack(digits, labels) -> None:
+    class Lit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+            self.adv = JointSpaceAdv(self, eta=0, eps=0.1, random_start=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            modes.append(self.adv.training)  # else the model would attack itself
+            return self.body(images)
+
+    modes: list[bool] = []
+    lit, x, y = Lit(), digits[:6], labels[:6]
+    task = SimpleNamespace(net=lit.body, adv=JointSpaceAdv(lit.body, eta=0, eps=0.1))
+    plain, _ = robust_mixup(x, y, lam=0.6, num_classes=10)
+    for model, attack in (
+        (lit, lit.adv), (lit, lambda a, b: lit.adv(a, b)),
+        (lambda image: task.net(image), lambda a, b: task.adv(a, b)),
+    ):  # fmt: skip
+        for _ in range(2):
+            out, _ = robust_mixup(x, y, model, lam=0.6, num_classes=10, attack=attack)
+            assert (out - plain).abs().max() > 0.09
+    seen: list[bool] = []
+    robust_mixup(x, y, lit, lam=0.6, num_classes=10, attack=lambda a, b: seen.append(lit(a)) or a)
+    assert modes
+    assert not any(modes)
+    assert lit.adv.training
+    assert task.adv.training
+    assert not lit._forward_hooks
+    assert not lit._forward_pre_hooks
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_what_an_own_attack_uses_is_no_part_of_the_model(draws, net, digits, labels) -> None:
+    class Dark(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 0 * images if self.training else images
+
+    dark, adv = Dark(), JointSpaceAdv(net, eta=0)
+    for attack in (v2.Compose([adv, lambda x, t: (dark(x), t)]), lambda x, t: dark(adv(x, t)[0])):
+        mix = RobustMixup(net, num_classes=10, draws=draws, attack=attack)
+        for _ in range(2):
+            assert mix(digits[:4], labels[:4])[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("attack", [v2.CutMix(num_classes=10), RobustMixup(num_classes=10, eps=0)])
+def test_an_attack_that_mixes_is_refused(attack, digits, labels) -> None:
+    with pytest.raises(ValueError, match="attack changed the labels"):
+        robust_mixup(digits[:8], labels[:8], lam=0.7, num_classes=10, attack=attack)
+    with pytest.raises(ValueError, match="attack changed the labels"):
+        RobustMixup(nn.Identity(), num_classes=10, attack=attack)(digits[:8], labels[:8])
 
 
 def test_an_attack_may_write_on_what_it_gets(digits, labels) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from ijsat_aug import BatchTransform, JointSpaceAdv, RobustMixup
 from ijsat_aug.flows import Tiles
@@ -304,11 +305,15 @@ def test_an_attack_of_the_users_leaves_no_trace(digits, labels) -> None:
     """As one that was copied from somewhere: in whatever mode, with backward()."""
     _network.train()
     _network.zero_grad(set_to_none=True)
+    gathered = {p: torch.ones_like(p) for p in list(_network.parameters())[:2]}
+    for p, g in gathered.items():
+        p.grad = g
     modes = []
 
     def fgsm(images: Tensor, targets: Tensor) -> Tensor:
         modes.append(_network.training)
         leaf = images.detach().requires_grad_()
+        _network.zero_grad(set_to_none=len(modes) == 1)
         nn.functional.cross_entropy(_network(leaf), targets).backward()
         return (images + 0.1 * leaf.grad.sign()).clamp(0, 1)
 
@@ -326,7 +331,9 @@ def test_an_attack_of_the_users_leaves_no_trace(digits, labels) -> None:
     assert torch.equal(again, moved[0])
     assert modes == [False, False]
     assert _network.training
-    assert all(p.requires_grad and p.grad is None for p in _network.parameters())
+    assert all(p.requires_grad and p.grad is gathered.get(p) for p in _network.parameters())
+    assert all(bool((g == 1).all()) for g in gathered.values())
+    _network.zero_grad(set_to_none=True)
     assert all(torch.equal(b, before[name]) for name, b in _network.named_buffers())
 
 
@@ -411,3 +418,17 @@ def test_the_model_gets_the_layout_that_was_asked_for(network, digits, labels) -
     RobustMixup(network, num_classes=10, lam_steps=1, draws=2, **options)(x, labels[:6])
     assert len(seen) == 6
     assert all(seen)
+
+
+def test_eval_reaches_ours_beside_a_container_of_torchvision(digits, labels) -> None:
+    """Which keeps its transforms in a plain list, as the README tells."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adv = JointSpaceAdv(_network, eta=0)
+            self.augment = v2.Compose([self.adv])
+
+    module, x, y = Module(), digits[:4], labels[:4]
+    assert not torch.equal(module.augment(x, y)[0], x)
+    assert torch.equal(module.eval().augment(x, y)[0], x)
