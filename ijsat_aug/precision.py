@@ -28,7 +28,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """No TF32 in convolutions either, by which a flow would round trip to a level.
+    """No autocast, and no TF32 in convolutions: a round trip of a flow would lose a grey level.
 
     Example:
         >>> with torch.autocast("cpu"), exact(torch.device("cpu")):

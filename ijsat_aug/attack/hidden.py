@@ -43,7 +43,7 @@ def around_others(
         >>> told == [net]
         True
     """
-    usual, thread, calls = set(known), threading.get_ident(), Calls(around)
+    usual, thread, calls = set(known), threading.get_ident(), Calls(around, _active.calls)
 
     def is_seen() -> bool:
         # First: nothing else of this can be traced.
@@ -70,9 +70,12 @@ def around_others(
         register_module_forward_pre_hook(before),
         register_module_forward_hook(after, always_call=True),
     ]
+    outer = _active.calls
+    _active.calls = (*outer, calls)
     try:
         yield calls
     finally:
+        _active.calls = outer
         for hook in hooks:
             hook.remove()
         calls.close()
@@ -81,8 +84,12 @@ def around_others(
 class Calls:
     """The outermost call that has a block, and how deep that module is in itself."""
 
-    def __init__(self, around: Callable[[nn.Module], AbstractContextManager[Any]]) -> None:
-        self.around = around
+    def __init__(
+        self,
+        around: Callable[[nn.Module], AbstractContextManager[Any]],
+        outer: tuple[Calls, ...],
+    ) -> None:
+        self.around, self.outer = around, outer
         self.module: nn.Module | None = None
         self.depth = 0
         self.of_known = 0  # that we are in
@@ -91,7 +98,10 @@ class Calls:
 
     def enter(self, module: nn.Module) -> None:
         if self.module is None:
-            self.block.enter_context(self.around(module))
+            block = self.around(module)
+            # In the block of another, which torch's order of hooks would close before this one.
+            if all(other.module is None for other in self.outer):
+                self.block.enter_context(block)
             self.module = module
         self.depth += module is self.module
 
@@ -103,6 +113,15 @@ class Calls:
     def close(self) -> None:
         self.module, self.depth = None, 0
         self.block.close()
+
+
+class _Active(threading.local):
+    """Who watches in a thread."""
+
+    calls: tuple[Calls, ...] = ()
+
+
+_active = _Active()
 
 
 def is_compiled(model: Any) -> bool:

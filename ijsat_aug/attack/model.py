@@ -57,8 +57,8 @@ class ModelHandle:
             batch statistics and dropout everywhere, and puts the running statistics back.
         amp_dtype: Precision of the model during the attack; by default the caller's autocast.
         memory_format: Of the images that the model gets, such as ``torch.channels_last``.
-        route: Through which branch of split BatchNorm the attack goes, ``"clean"`` or
-            ``"auxiliary"``.
+        route: Through which branch of split BatchNorm the attack goes, ``"clean"``, unless the
+            caller has chosen one, or ``"auxiliary"``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).train()
@@ -276,7 +276,7 @@ class ModelHandle:
             if isinstance(module, _COLLECTIVE):
                 raise ValueError(
                     f"an attack must not call the collectives of a {type(module).__name__}: call "
-                    "the module inside it, as in model.module(x), or put that wrapper outermost."
+                    "the module inside it, as in model.module(x)."
                 )
             parts = [part for part in module.modules() if not _is_ours(part)]
             _check_outermost(parts)
@@ -307,6 +307,8 @@ class ModelHandle:
         """
         ours = [module for module in self.modules if _is_ours(module) and module.training]
         models = [module for module in roots(self.model) if not _is_ours(module)]
+        if is_compiled(self.model):  # hooks would have it compiled again
+            ours = []
         with (
             self.frozen(device, seed),
             gradients_kept(self.modules),

@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = ["ImageData", "load_images"]
 
+_GREY = {"1", "L"}  # modes of Pillow
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 
 
@@ -173,8 +174,10 @@ def _arrays(path: Path) -> tuple[Any, Any]:
     if isinstance(loaded, np.ndarray):
         return loaded, None
     with loaded:
-        alone = loaded.files if len(loaded.files) == 1 else ()  # of several, who knows which
-        wanted = (("images", "x", "data", *alone), ("labels", "y", "targets"))
+        labelled = ("labels", "y", "targets")
+        others = [name for name in loaded.files if name not in labelled]
+        alone = others if len(others) == 1 else ()  # of several, who knows which
+        wanted = (("images", "x", "data", *alone), labelled)
         names = (next((n for n in one if n in loaded.files), None) for one in wanted)
         images, labels = (None if name is None else loaded[name] for name in names)
     return images, labels
@@ -239,13 +242,14 @@ def _from_folder(folder: Path, size: int | None, pick: Callable[[int], Tensor] |
     if len(names) == len(files):
         classes = tuple(sorted(set(names)))
         labels = torch.tensor([classes.index(name) for name in names], device="cpu")
+    picked = files
     if pick is not None:
         places = pick(len(files))
-        files = [files[i] for i in places.tolist()]
+        picked = [files[i] for i in places.tolist()]
         labels = None if labels is None else labels[places]
 
     def pictures() -> Iterator[tuple[Any, Path]]:
-        for file in files:
+        for file in picked:
             try:
                 with Image.open(file) as picture:
                     picture.load()
@@ -255,7 +259,21 @@ def _from_folder(folder: Path, size: int | None, pick: Callable[[int], Tensor] |
                 ) from error
             yield picture, file
 
-    return ImageData(_stack(pictures(), size, folder), labels, 256, folder.name, classes)
+    images = _stack(pictures(), size, folder)
+    if images.shape[1] == 1 and len(picked) < len(files) and any(map(_is_coloured, files)):
+        images = images.repeat(1, 3, 1, 1)
+    return ImageData(images, labels, 256, folder.name, classes)
+
+
+def _is_coloured(file: Path) -> bool:
+    """What its header says; one that cannot be read says nothing."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            return picture.mode not in _GREY
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _from_torchvision(
@@ -286,7 +304,7 @@ def _from_torchvision(
         raise ValueError(f"torchvision's {name} has no test split; give other images as test.")
     by_split = "split" in known and "train" not in known
     try:
-        with _one_at_a_time(Path(root).expanduser()):
+        with _one_at_a_time(Path(root).expanduser()) if loads else nullcontext():
             dataset = _split(kind, root, options, train) if by_split else kind(root, **options)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{name} is not in {root}, and cannot be downloaded: {error}.") from error
@@ -307,16 +325,14 @@ def _from_torchvision(
 @contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
     """Processes that were launched together would download to the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    from filelock import FileLock
+    with ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from filelock import FileLock
 
-    root.mkdir(parents=True, exist_ok=True)
-    if not os.access(root, os.W_OK):  # nor is anything downloaded there
-        yield
-        return
-    with FileLock(root / ".ijsat-aug.lock"):
+            # Where no file can be locked, such as in a folder of somebody else's, data may lie.
+            with suppress(OSError, NotImplementedError):
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(root / ".ijsat-aug.lock"))
         yield
 
 
@@ -355,7 +371,7 @@ def _stack(
                 f"{name} is a picture of more than 8 bits (mode {picture.mode}); convert it to 8 "
                 "bits first."
             )
-        grey = picture.mode in {"1", "L"}
+        grey = picture.mode in _GREY
         tensor = F.pil_to_tensor(picture.convert("L" if grey else "RGB"))
         tensors.append(tensor if size is None else _resize(tensor, size))
     if any(t.shape[0] == 3 for t in tensors):

@@ -23,7 +23,8 @@ class AdversarialWeightPerturbation:
     gradient of the perturbed place (Wu et al., 2020). A step inside the block, as in the authors'
     loop, stays. BatchNorm's running statistics are those of the training pass alone. Under DDP each
     process perturbs by its own batch; the gradients are averaged as ever, but not with its
-    ``static_graph=True``, which takes the first of the two backward passes for that of the step.
+    ``static_graph=True``, which takes the first of the two backward passes for that of the step:
+    it is refused where it is seen, so give the model with that wrapper.
 
     Args:
         model: The model that is trained.
@@ -42,17 +43,13 @@ class AdversarialWeightPerturbation:
     def __init__(self, model: nn.Module, gamma: float = 0.01) -> None:
         if not is_between(gamma, 0):
             raise ValueError(f"gamma must be a number >= 0, got {gamma!r}.")
-        if isinstance(model, DistributedDataParallel) and model.static_graph:
-            raise ValueError(
-                "AWP takes two backward passes a step, of which DistributedDataParallel with "
-                "static_graph=True would average the first alone: leave static_graph out."
-            )
         self.model = model
         self.gamma = gamma
 
     @contextmanager
     def __call__(self, loss: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Yield ``loss()`` at the perturbed weights; call ``backward`` inside the block."""
+        self._refuse_static_graph()
         self._refuse_cached_casts()
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         if not weights:
@@ -86,6 +83,14 @@ class AdversarialWeightPerturbation:
         gradient = gradient.to_dense()  # that of an embedding may be sparse
         perturbed = weight + unit(gradient[None])[0] * (self.gamma * weight.norm())
         return torch.where(perturbed.isfinite().all(), perturbed, weight)
+
+    def _refuse_static_graph(self) -> None:
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile
+        if isinstance(model, DistributedDataParallel) and model.static_graph:
+            raise ValueError(
+                "AWP takes two backward passes a step, of which DistributedDataParallel with "
+                "static_graph=True would average the first alone: leave static_graph out."
+            )
 
     def _refuse_cached_casts(self) -> None:
         devices = {p.device.type for p in self.model.parameters()}

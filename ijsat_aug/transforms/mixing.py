@@ -13,6 +13,7 @@ from ..attack.ascent import Landscape, Values, Variable, ascend, select
 from ..attack.balls import LinfBall
 from ..attack.model import ModelHandle
 from ..attack.objectives import Objective, cross_entropy
+from ..attack.traces import version_of
 from ..flows.manifold import Manifold
 from ..words import check_count, is_between
 from .blend import Blend, Space, blend, geometric_weight
@@ -154,9 +155,11 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
 
     def call(images: Tensor, targets: Tensor) -> Tensor:
         given = targets.clone()  # it may write on what it gets
+        version = version_of(given)
         out = attack(images.clone(), given)
         moved, *more = out if isinstance(out, (tuple, list)) and out else (out,)
-        check_labels_left(more[0] if more else None, given)
+        if more and (more[0] is not given or version_of(given) != version):
+            check_labels_left(more[0], targets)
         if not isinstance(moved, Tensor) or moved.shape != images.shape:
             got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
             raise ValueError(
@@ -169,19 +172,22 @@ def images_of(attack: Callable[[Tensor, Tensor], Any]) -> Attack:
 
 
 def check_labels_left(labels: Any, targets: Tensor) -> None:
-    """Refuse an attack that returns other labels than it got.
+    """Refuse an attack that returns other labels than it got, and not only logits beside images.
 
     Example:
         >>> check_labels_left(torch.zeros(1, 2), torch.ones(1, 2))
         Traceback (most recent call last):
         ...
-        ValueError: attack changed the labels, ...
+        ValueError: attack changed the labels ...
     """
-    same = labels is targets or not isinstance(labels, Tensor) or labels.shape != targets.shape
-    if not (same or torch.equal(labels.to(targets), targets)):
+    if labels is targets or not isinstance(labels, Tensor) or labels.shape != targets.shape:
+        return
+    labels = labels.to(targets)
+    shares = bool((labels >= 0).all() & (labels <= 1).all())
+    if shares and not torch.allclose(labels, targets, atol=1e-3):
         raise ValueError(
-            "attack changed the labels, which are those of the blends: put what mixes before "
-            "RobustMixup, or behind it."
+            "attack changed the labels (what it returns second), which are those of the blends: "
+            "put what mixes before RobustMixup, or behind it."
         )
 
 
@@ -198,7 +204,7 @@ def guarded(
     """
     images = images_of(attack)
     owner = getattr(attack, "__self__", attack)  # of a method
-    own = list(owner.modules()) if isinstance(owner, nn.Module) else []
+    own = [owner] if isinstance(owner, nn.Module) else []  # what it holds may be the model
 
     def call(pictures: Tensor, targets: Tensor) -> Tensor:
         with handle.beside(pictures.device, seed, own):

@@ -854,7 +854,7 @@ def test_a_hidden_model_is_as_before_when_it_fails(network, digits, labels) -> N
 
 def test_hidden_collectives_are_refused(network, digits, labels) -> None:
     adv = JointSpaceAdv(_hidden("in a list", nn.DataParallel(network)), eta=0)
-    with pytest.raises(ValueError, match="put that wrapper outermost"):
+    with pytest.raises(ValueError, match="call the module inside it"):
         adv(digits[:8], labels[:8])
 
 
@@ -1012,13 +1012,23 @@ def test_an_own_attack_finds_a_hidden_model_frozen(network, digits, labels) -> N
     assert same(before, state(network))
 
 
+def test_two_watch_one_hidden_module(network, digits, labels) -> None:
+    hidden = _hidden("in a list", network)
+    before = state(network)
+    adv = JointSpaceAdv(hidden, eta=0)
+    mix = RobustMixup(hidden, num_classes=10, attack=lambda x, t: adv(x, t))
+    for _ in range(2):
+        mix(digits[:8], labels[:8])
+        assert same(before, state(network))
+
+
 def test_the_module_inside_a_wrapper_may_be_called(network, digits, labels) -> None:
     wrapped = nn.DataParallel(network)
     JointSpaceAdv(lambda x: wrapped.module(x), eta=0)(digits[:8], labels[:8])
     own = RobustMixup(wrapped, num_classes=10, attack=lambda x, t: x + 0 * wrapped(x).sum())
     with pytest.raises(ValueError, match=r"of a DataParallel: call the module inside"):
         own(digits[:8], labels[:8])
-    with pytest.raises(ValueError, match=r"as in model\.module\(x\)"):
+    with pytest.raises(ValueError, match=r"call the module inside it"):
         JointSpaceAdv(lambda x: wrapped(x), eta=0)(digits[:8], labels[:8])
 
 

@@ -89,11 +89,11 @@ def train_sharded(rank: int) -> None:
 
 def perturb_weights(model: DistributedDataParallel, rank: int) -> None:
     """Each process by its own batch, along the gradient of all; not with a static graph."""
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(rank))
     if model.static_graph:
         with pytest.raises(ValueError, match="leave static_graph out"):
-            AdversarialWeightPerturbation(model)
+            AdversarialWeightPerturbation(model)(lambda: model(x).sum()).__enter__()
         return
-    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(rank))
     with AdversarialWeightPerturbation(model)(lambda: model(x).square().mean()) as loss:
         loss.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -123,6 +123,11 @@ def test_archives_that_do_not_fit(tmp_path: Path, pictures: np.ndarray) -> None:
     np.savez(tmp_path / "two.npz", train_images=pictures, test_images=pictures[:2])
     with pytest.raises(ValueError, match="holds no array 'images'"):
         load_images(tmp_path / "two.npz")
+    np.savez(tmp_path / "one.npz", pictures=pictures, labels=np.arange(6))
+    assert load_images(tmp_path / "one.npz").labels is not None
+    np.savez(tmp_path / "none.npz", labels=np.arange(6, dtype=np.uint8))
+    with pytest.raises(ValueError, match="holds no array 'images'"):
+        load_images(tmp_path / "none.npz")
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(ValueError, match="holds no array"):
         load_images(tmp_path / "empty.npz")
@@ -260,6 +265,10 @@ def test_processes_that_were_launched_together_download_one_after_the_other(
     assert len(load_images("Odd", root=root).images) == 2
     with FileLock(root / ".ijsat-aug.lock", timeout=0):  # it is free again
         pass
+    (root / ".ijsat-aug.lock").unlink()
+    (root / ".ijsat-aug.lock").mkdir()  # which nobody can lock
+    monkeypatch.setattr(Odd, "__init__", lambda self, root, download: None)
+    assert len(load_images("Odd", root=root).images) == 2
 
 
 def test_of_a_folder_no_more_pictures_are_read_than_picked(tmp_path: Path, pictures) -> None:
@@ -273,6 +282,9 @@ def test_of_a_folder_no_more_pictures_are_read_than_picked(tmp_path: Path, pictu
     assert data.labels is not None
     assert data.labels.tolist() == [0, 1]
     assert data.classes == ("cat", "dog")
+    Image.new("L", (10, 8)).save(tmp_path / "cat" / "1.png")
+    grey = load_images(tmp_path, pick=lambda count: torch.tensor([1]))
+    assert grey.images.shape == (1, 3, 8, 10)  # as the others are
     with pytest.raises(ValueError, match="pick is for folders"):
         load_images("digits", pick=lambda count: torch.arange(count))
 

@@ -154,6 +154,20 @@ def test_an_attack_that_mixes_is_refused(attack, digits, labels) -> None:
         RobustMixup(nn.Identity(), num_classes=10, attack=attack)(digits[:8], labels[:8])
 
 
+def test_labels_that_an_attack_mixes_in_place_are_told_from_logits_beside_images(digits, labels):
+    x, y = digits[:8], labels[:8]
+
+    def mixes(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return images.lerp(images.roll(1, 0), 0.3), targets.lerp_(targets.roll(1, 0), 0.3)
+
+    with pytest.raises(ValueError, match="attack changed the labels"):
+        robust_mixup(x, y, lam=0.7, num_classes=10, attack=mixes)
+    for second in (torch.randn(8, 10), "words", torch.rand(8, 3)):
+        robust_mixup(x, y, lam=0.7, num_classes=10, attack=lambda a, b, s=second: (a, s))
+    _, t = robust_mixup(x, y, lam=0.7, num_classes=10, attack=lambda a, b: (a, b.half()))
+    assert torch.equal(t, robust_mixup(x, y, lam=0.7, num_classes=10)[1])
+
+
 def test_an_attack_may_write_on_what_it_gets(digits, labels) -> None:
     x, y = digits[:4], labels[:4]
 

@@ -197,7 +197,7 @@ def _whole(path: Path, one: Tensor, dtype: type) -> Iterator[Callable[[Tensor], 
     try:
         with os.fdopen(handle, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            yield lambda part: part.cpu().numpy().astype(dtype).tofile(file)
+            yield lambda part: part.cpu().numpy().astype(dtype, "C").tofile(file)
         staged.chmod(0o644)
         staged.replace(path)
     finally:
