@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attack.model import ModelHandle
 from .flows.checkpoint import load_flow
-from .flows.data import ImageData, is_folder, load_images
+from .flows.data import ImageData, is_folder, load_images, tell_order
 from .flows.files import check_target
 from .flows.probe import probe_network, several
 from .gallery import check_png, draw, gallery
@@ -75,6 +75,7 @@ def run(
         network = probe_network(data.pixels, data.labels)
     else:
         network = load_model(model, weights)
+        tell_order(data.classes or ())
     known = _classes(data)
     data = data if few is not None else data.take(some(len(data.images)))
     x = data.pixels

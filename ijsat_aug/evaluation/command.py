@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,14 @@ from pathlib import Path
 import torch
 
 from ..flows.checkpoint import load_flow
-from ..flows.data import ImageData, evenly_spaced, is_folder, load_images, outside_classes
+from ..flows.data import (
+    ImageData,
+    evenly_spaced,
+    is_folder,
+    load_images,
+    outside_classes,
+    tell_order,
+)
 from ..flows.files import check_target, write_atomically
 from ..models import load_model
 from .corruptions.files import CorruptionFiles
@@ -83,7 +89,7 @@ def run(
             f"{source} has no labels, and accuracy needs them: sort the images into a folder for "
             f"each class{at}, or save an array 'labels' beside 'images'."
         )
-    _tell_order(data.classes or ())
+    tell_order(data.classes or ())
     if before is not None:
         check_same_images(fingerprint(*checked(data.pixels, data.labels)), before)
     report = evaluate(
@@ -124,17 +130,6 @@ def _some(data: ImageData, limit: int | None, first: bool) -> ImageData:
     if data.classes is None and (first or not by_class):
         return data.first(limit)
     return data.spaced(limit)
-
-
-def _tell_order(classes: Sequence[str]) -> None:
-    """Say in which order numbers are classes, where there are two."""
-    if all(name.isdecimal() for name in classes) and [*classes] != sorted(classes, key=int):
-        warnings.warn(
-            f"The folders of classes are taken as text, {', '.join(classes[:4])}, ..., as "
-            "torchvision's ImageFolder does: if the model counts otherwise, give their numbers "
-            "leading zeros.",
-            stacklevel=3,
-        )
 
 
 def _name(model: str, weights: str | None) -> str:

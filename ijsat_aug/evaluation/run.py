@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
+from ..attack.behind import roots
 from ..attack.model import Model
 from ..flows.data import evenly_spaced
 from ..flows.manifold import Manifold, on_device
@@ -32,7 +33,7 @@ from .draws import Draws
 from .pictures import to_png
 from .report import Entry, Report, Result
 from .store import Store, fingerprint
-from .threats import Threat, select_threats
+from .threats import STUCK, Threat, select_threats
 from .victim import Found, Victim
 
 __all__ = ["checked", "evaluate"]
@@ -104,9 +105,11 @@ def evaluate(
     victim = Victim(model, mean, std)
     victim.scale.check(x[:1], values=False)
     flow = find_flow(flow)
-    behind = None if flow is None else fingerprint(_weights(flow))
     flow = None if flow is None else on_device(flow, victim.device)
     chosen = select_threats(threats, flow, x.shape[1:])
+    flows = [flow, *(getattr(threat.attack, "flow", None) for threat in chosen)]
+    known = {id(one): one for one in flows if one is not None}.values()
+    behind = " and ".join(dict.fromkeys(fingerprint(_weights(one)) for one in known)) or None
     corrupted = _corruptions(corruptions)
     if corrupted and x.shape[1] not in (1, 3):
         raise ValueError(
@@ -156,6 +159,7 @@ def evaluate(
             parts = {k: int(v) for k, v in result.notes.items()}
             warning = black_box_wins(parts, len(x))
             warnings += [] if warning is None else [warning]
+            warnings += _stuck(threat, parts.get(STUCK, 0))
         for result in work.corruptions(corrupted, source, origins):
             results[result.name] = result
     truth = tuple(int(y[i]) for i in work.shown)
@@ -448,8 +452,23 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def _stuck(threat: Threat, count: int) -> list[str]:
+    if count == 0:
+        return []
+    return [
+        f"{threat.title}: {count} images met no numbers (NaN) on their way, of the flow or of the "
+        "gradient, and count as right: the accuracy is an upper bound."
+    ]
+
+
 def _weights(flow: object) -> object:
     """What tells a flow from others; of one at another size, the flow inside and how it is."""
     if isinstance(flow, Pyramid | Tiles):
-        return type(flow).__name__, flow.size, getattr(flow, "overlap", None), flow.flow
-    return flow
+        return type(flow).__name__, flow.size, getattr(flow, "overlap", None), _weights(flow.flow)
+    behind = [list(roots(held)) for held in getattr(flow, "__dict__", {}).values() if _calls(held)]
+    return (flow, behind) if behind else flow
+
+
+def _calls(held: object) -> bool:
+    """Whether it is a function or a method, whose modules are not seen otherwise."""
+    return callable(held) and not isinstance(held, nn.Module)

@@ -63,6 +63,9 @@ class Threat(Entry):
         return f"Threat({self.name!r}, budget={self.budget!r}, steps={self.steps})"
 
 
+STUCK = "could not be attacked"
+
+
 def fooling(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, and a constant more where the model is wrong: what an attack should keep.
 
@@ -100,8 +103,11 @@ def joint(flow: Manifold | None, norm: Norm, eps: float, eta: float, steps: int)
             best=True, pixel_start=pixel_start if eps else None, latent_start=latent_start,
             check_values=False,
         )  # fmt: skip
-        return Found(images)
+        # All begin elsewhere: what comes back as it was met no number on its way.
+        stuck = (images == x).flatten(1).all(1)
+        return Found(images, {STUCK: stuck} if (eps or eta) and stuck.any() else {})
 
+    attack.flow = flow  # type: ignore[attr-defined]
     return attack
 
 

@@ -155,8 +155,15 @@ class NormflowsManifold(_Adapter):
         """
         if len(images) < 2:
             raise ValueError(f"{len(images)} images have no variance; give some hundreds.")
-        z = self._changed(_loc=None, _scale=None).encode(images)
-        return self._changed(_loc=z.mean(0), _scale=z.std(0).clamp(min=1e-6))
+        with torch.inference_mode(False):  # its tensors would stay without gradients
+            z = self._changed(_loc=None, _scale=None).encode(images)
+            loc, scale = z.mean(0), z.std(0).clamp(min=1e-6)
+        if not z.isfinite().all():
+            raise ValueError(
+                "the latents of some images are no finite numbers, such as the logit of a black "
+                "pixel: keep to_model away from its ends, or leave these images out."
+            )
+        return self._changed(_loc=loc, _scale=scale)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -276,7 +283,8 @@ def _frozen(function: F) -> F:
     """A copy of a module that nobody trains; any other callable as it is."""
     if not isinstance(function, nn.Module):
         return function
-    return copy.deepcopy(function).eval().requires_grad_(False)
+    with torch.inference_mode(False):
+        return copy.deepcopy(function).eval().requires_grad_(False)
 
 
 def _waits_for_data(part: nn.Module) -> bool:
@@ -286,10 +294,11 @@ def _waits_for_data(part: nn.Module) -> bool:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, nn.Module) and any(t.device != device for t in _tensors(value)):
-        return copy.deepcopy(value).to(device)
+    with torch.inference_mode(False):
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, nn.Module) and any(t.device != device for t in _tensors(value)):
+            return copy.deepcopy(value).to(device)
     return value
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +228,21 @@ def outside_classes(source: str | Path) -> Path | None:
     folder = Path(source).expanduser()
     found = _pictures_in(folder) if is_folder(source) else []
     return next((f for f in found if f.parent == folder), None)
+
+
+def tell_order(classes: Sequence[str]) -> None:
+    """Say in which order numbers are classes, where there are two.
+
+    Example:
+        >>> tell_order(["cat", "dog"])
+    """
+    if all(name.isdecimal() for name in classes) and [*classes] != sorted(classes, key=int):
+        warnings.warn(
+            f"The folders of classes are taken as text, {', '.join(classes[:4])}, ..., as "
+            "torchvision's ImageFolder does: if the model counts otherwise, give their numbers "
+            "leading zeros.",
+            stacklevel=3,
+        )
 
 
 def _from_folder(folder: Path, size: int | None, pick: Callable[[int], Tensor] | None) -> ImageData:

@@ -83,6 +83,8 @@ def train_flow(
     """
     out = Path(out).expanduser()
     _check(data, config, test)
+    if test is not None and test.labels is not None:
+        test = dataclasses.replace(test, labels=test.labels.long())
     _check_place(out, resume, overwrite)
     with (
         _accelerator(out, recipe) as accelerator,

@@ -183,6 +183,11 @@ class JointSpaceAdv(BatchTransform):
         self._told: set[str] = set()
         self._asked: set[torch.device] = set()  # where the model's logits were looked at
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "threat" and "_fit" in vars(self):  # its usual radius may be of another norm
+            self._fit = (None, None)
+
     def _check_setting(self, name: str, value: Any) -> None:
         super()._check_setting(name, value)
         if name == "target" and value not in ("label", "prediction", "random"):
@@ -383,8 +388,9 @@ class JointSpaceAdv(BatchTransform):
             flow = on_device(check_manifold(self.flow), images.device)
             low = getattr(getattr(flow, "flow", flow), "compute_dtype", None)
             warn_if_emulated(low, images.device.type, "leave compute_dtype of load_flow out")
-            self._flow, self._fit = (flow,), (place, at_size(flow, place[1]))
-            self._suit(check_manifold(self._fit[1]))
+            fitted = at_size(flow, place[1])
+            self._suit(fitted)
+            self._flow, self._fit = (flow,), (place, fitted)
         return check_manifold(self._fit[1])
 
     def _suit(self, flow: Manifold) -> None:

@@ -256,6 +256,9 @@ def test_folders_that_are_numbers_are_told_their_order(place) -> None:
     arguments = ("--model", f"{place}/net.py:make", "--threats", "none", "--corruptions", "none")
     with pytest.warns(UserWarning, match="taken as text, 1, 10, 2, 3, ..., as"):
         assert run(place / "numbers", *arguments, "--quiet").exit_code == 0
+    show = ("show", place / "numbers", "--model", f"{place}/net.py:make", "--out", place / "a.png")
+    with pytest.warns(UserWarning, match="taken as text, 1, 10, 2, 3, ..., as"):
+        assert CliRunner().invoke(app, [*map(str, show)]).exit_code == 0
     (place / "numbers" / "10").rename(place / "numbers" / "0")  # a warning would be an error
     assert run(place / "numbers", *arguments, "--quiet").exit_code == 0
 

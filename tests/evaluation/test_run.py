@@ -20,7 +20,7 @@ from ijsat_aug.evaluation.report import Entry, Result
 from ijsat_aug.evaluation.run import Batches
 from ijsat_aug.evaluation.store import Store, fingerprint
 from ijsat_aug.evaluation.threats import GROUPS, joint, make_threat, select_threats
-from ijsat_aug.flows import Pyramid, Tiles
+from ijsat_aug.flows import Decoder, Pyramid, Tiles
 from ijsat_aug.functional import joint_space_adv
 
 QUICK = ["linf=0.1@5", "om@3", "fog@3"]
@@ -237,6 +237,59 @@ def test_another_flow_of_the_same_shape_is_another_evaluation(net, digits, label
     moved = dataclasses.replace(flow, mean=flow.mean + 0.01)
     with pytest.raises(ValueError, match="results of another flow"):
         evaluate(net, digits[:20], labels[:20], flow=moved, **options)
+
+
+def test_images_for_which_a_flow_has_no_numbers_are_told(net, digits, labels) -> None:
+    class Half:
+        shape, latent_dim = (1, 8, 8), 64
+
+        def encode(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+        def decode(self, z: Tensor) -> Tensor:
+            lost = z[:, 20:21] > 0.5  # of some images, wherever they move
+            return z.masked_fill(lost, torch.nan).unflatten(1, self.shape)
+
+    x, y = digits[:40], labels[:40]
+    found = evaluate(net, x, y, flow=Half(), threats=["om=0.1@3"], corruptions=[])
+    (told,) = (text for text in found.warnings if "met no numbers" in text)
+    assert int(told.split(": ")[1].split()[0]) > 5
+    whole = evaluate(net, x, y, flow="digits", threats=["om@3", "jsa@3"], corruptions=[])
+    assert not any("met no numbers" in text for text in whole.warnings)
+
+
+def test_a_flow_is_known_by_the_modules_of_its_functions(net, digits, labels, tmp_path) -> None:
+    class Auto(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def decode(self, z: Tensor) -> Tensor:
+            return self.scale * z.unflatten(1, (1, 8, 8))
+
+    options = {"threats": ["om=0.1@1"], "corruptions": [], "folder": tmp_path / "state"}
+    auto = Auto()
+    flow = Decoder(auto.decode, (1, 8, 8), (64,), encode=lambda x: x.flatten(1) / auto.scale)
+    evaluate(net, digits[:8], labels[:8], flow=flow, **options)
+    evaluate(net, digits[:8], labels[:8], flow=flow, **options)
+    with torch.no_grad():
+        auto.scale.mul_(2)
+    with pytest.raises(ValueError, match="results of another flow"):
+        evaluate(net, digits[:8], labels[:8], flow=flow, **options)
+
+
+def test_the_flow_of_a_threat_counts(net, digits, labels, flow, tmp_path) -> None:
+    other = dataclasses.replace(flow, mean=flow.mean + 0.01)
+    x, y = digits[:8], labels[:8]
+    reports = []
+    for number, one in enumerate((flow, other)):
+        options = {"threats": [make_threat("om=0.1@1", one, (1, 8, 8))], "corruptions": []}
+        reports.append(evaluate(net, x, y, folder=tmp_path / str(number), **options))
+    with pytest.raises(ValueError, match="results of another flow"):
+        evaluate(net, x, y, folder=tmp_path / "0", **options)
+    assert reports[0].settings["flow"] != reports[1].settings["flow"]
+    named = evaluate(net, x, y, flow=flow, threats=["om=0.1@1"], corruptions=[])
+    assert named.settings["flow"] == reports[0].settings["flow"]
 
 
 def test_another_function_is_another_model(net, digits, labels, tmp_path) -> None:

@@ -163,6 +163,31 @@ def test_a_conditional_flow_gets_the_labels_of_the_batch(net, digits, labels) ->
         manifold.encode(x)
 
 
+def test_latents_that_are_no_numbers_are_no_scale() -> None:
+    parts = [nf.flows.Permute(4)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), parts)
+    manifold = NormflowsManifold(
+        model, (1, 2, 2), flat=True, to_model=torch.logit, from_model=torch.sigmoid
+    )
+    images = torch.rand(5, 1, 2, 2)
+    images[0, 0, 0, 0] = 0
+    with pytest.raises(ValueError, match="logit of a black pixel"):
+        manifold.standardised(images)
+
+
+def test_what_is_made_in_inference_mode_has_gradients() -> None:
+    parts = [nf.flows.Permute(4), nf.flows.AffineConstFlow(4)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), parts)
+    images = torch.rand(5, 1, 2, 2)
+    with torch.inference_mode():
+        manifold = NormflowsManifold(model, (1, 2, 2), flat=True).standardised(images)
+        moved = manifold.to("meta")
+    z = manifold.encode(images).requires_grad_()
+    manifold.decode(z).sum().backward()
+    assert z.grad is not None
+    assert not any(p.is_inference() for p in moved.model.parameters())
+
+
 @pytest.mark.parametrize("kind", [Pyramid, Tiles])
 def test_a_conditional_flow_of_another_size(kind, net, digits, labels) -> None:
     """Every sample as if it were alone with its label, also when samples rest."""

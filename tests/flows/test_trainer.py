@@ -298,7 +298,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
 
 def test_a_class_conditional_flow_trains_on_labels(tmp_path: Path, data: ImageData) -> None:
     config = dataclasses.replace(CONFIG, num_classes=10)
-    out = train_flow(data, config, tmp_path / "flow", SHORT, quiet=True)
+    bytes_of_it = dataclasses.replace(data, labels=data.labels.to(torch.uint8)).take(slice(20))
+    out = train_flow(data, config, tmp_path / "flow", SHORT, test=bytes_of_it, quiet=True)
     flow = load_flow(out)
     x = data.images[:4].float() / 16
     assert (flow.decode(flow.encode(x)) - x).abs().max() < 1e-5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from ijsat_aug import JointSpaceAdv
 from ijsat_aug.attack import cross_entropy, margin
+from ijsat_aug.flows import recommended_eta
 from ijsat_aug.flows.frozen import FrozenGlow
 from ijsat_aug.flows.pyramid import Pyramid
 from ijsat_aug.transforms.threat import Threat
@@ -326,3 +329,15 @@ def test_the_own_prediction_is_that_of_the_clean_image() -> None:
     adv = JointSpaceAdv(model, eta=0, eps=0.1, steps=4, target="prediction")
     out, _ = adv(x, torch.zeros(64).long())
     assert (out > 0.59).all()
+
+
+def test_another_norm_of_the_latents_has_its_own_usual_radius(net, digits, labels, flow) -> None:
+    radii = []
+    for seen in (False, True):
+        adv = JointSpaceAdv(net, flow, eps=0)
+        if seen:
+            adv(digits[:4], labels[:4])
+        adv.threat = replace(adv.threat, latent_norm="l2")
+        adv(digits[:4], labels[:4])
+        radii.append(adv.threat.eta)
+    assert radii[0] == radii[1] == recommended_eta(flow, "l2")
