@@ -243,10 +243,15 @@ class Study:
         """What its record says of all runs."""
         return {}
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What all of its runs have in common."""
+        return {"network": self.network, **self.facts}
+
     def claim(self) -> None:
         """Refuse a folder whose runs had another network, flow or size of batches."""
         path = self.work / "study.txt"
-        ours = json.dumps({"network": self.network, **self.facts})
+        ours = json.dumps(self._identity)
         theirs = path.read_text() if path.is_file() else ours
         if theirs != ours:
             raise SystemExit(f"{self.work} holds runs of {theirs}: give another --work.")
@@ -318,7 +323,7 @@ class Study:
     def unpack(self, name: str) -> None:
         """Write the files of the runs of a record that are not there."""
         found = json.loads((RESULTS / f"{name}.json").read_text())
-        ours = {"network": self.network, **self.facts}
+        ours = self._identity
         for key in ("network", "flow", "batch"):
             if found.get(key) != ours.get(key):
                 raise SystemExit(f"{name} is of the {key} {found.get(key)}, not {ours.get(key)}.")
