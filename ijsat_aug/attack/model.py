@@ -29,7 +29,7 @@ from .traces import (
     version_of,
 )
 
-__all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "unwrap"]
+__all__ = ["Mode", "Model", "ModelHandle", "in_full", "logits_of", "seeded", "unwrap"]
 
 Mode = Literal["eval", "train"]
 Route = Literal["clean", "auxiliary"]
@@ -201,9 +201,7 @@ class ModelHandle:
                 warn_if_emulated(dtype, device.type, "leave amp_dtype out")
                 stack.enter_context(torch.autocast(device.type, dtype, enabled=low))
             if self.mode == "train" and seed is not None:
-                cuda = [device] if device.type == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(cuda))
-                _seed(device, seed)
+                stack.enter_context(seeded(device, seed))
             stack.enter_context(self._still(self.modules))
             outer = self._stack, self._unseen
             self._stack = stack
@@ -408,11 +406,23 @@ def _set_mode(module: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The global random state begins with a seed, and is afterwards as before.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with seeded(torch.device("cpu"), 0):
+        ...     x = torch.rand(2)
+        >>> bool((torch.get_rng_state() == before).all())
+        True
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _without_model(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..attack.behind import roots
-from ..attack.model import Model
+from ..attack.model import Model, seeded
 from ..flows.data import evenly_spaced
 from ..flows.manifold import Manifold, on_device
 from ..flows.pyramid import Pyramid, Tiles
@@ -116,7 +115,8 @@ def evaluate(
             f"corruptions are made of images of 1 or 3 channels, these have {x.shape[1]}: leave "
             "them out with corruptions=()."
         )
-    with victim.frozen(), _seeded(seed, victim.device):
+    # A model is known by its answer, also one that draws random numbers.
+    with victim.frozen(), seeded(victim.device, seed):
         logits = first_logits(victim, x[:1].to(victim.device)).detach()
     if logits.shape[1:] == (1,):
         raise ValueError(
@@ -439,17 +439,6 @@ def _one_of_each(y: Tensor, correct: str) -> tuple[int, ...]:
             if correct[place] == right:
                 found.setdefault(label, place)
     return tuple(found[label] for label in sorted(found))[:_SHOWN]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A model that draws random numbers draws the same ones again: by its answer it is known."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _stuck(threat: Threat, count: int) -> list[str]:
